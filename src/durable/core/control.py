@@ -1,0 +1,190 @@
+"""What people ask of a run: cancel, pause, resume, retry; and what a parent asks of a finished child: roll back.
+
+The requests travel as messages and are applied by whoever holds the row: a worker between two steps, or the asking
+process itself when the row is free. None of them needs the run's definition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from durable.core.finish import end
+from durable.core.moves import move
+from durable.core.state import Ending, Failure, Message, MessageKind, Run, View
+from durable.core.transition import Outgoing, Transition
+from durable.core.undo_targets import targets
+from durable.values import Status, WaitingFor
+
+REQUESTS = frozenset({MessageKind.CANCEL, MessageKind.PAUSE, MessageKind.RESUME, MessageKind.ROLLBACK})
+
+
+def apply_next(view: View, now: datetime) -> Transition | None:
+    """Apply the oldest request of the inbox; None if there is none."""
+    request = next((message for message in view.inbox if message.kind in REQUESTS), None)
+    return apply(view, request, now) if request is not None else None
+
+
+def apply(view: View, request: Message, now: datetime) -> Transition:
+    """What `request` makes of the run. One that no longer applies is taken all the same, and changes nothing."""
+    taken = {request.seq: None} if request.seq else {}
+    body: Mapping[str, Any] = json.loads(request.body) if request.body else {}
+    match request.kind:
+        case MessageKind.CANCEL:
+            done = _cancel(view, now, body.get("reason"), bool(body.get("compensate")), taken)
+        case MessageKind.PAUSE:
+            done = _pause(view, now, taken)
+        case MessageKind.RESUME:
+            done = _resume(view, now, taken)
+        case MessageKind.ROLLBACK:
+            done = _roll_back(view, now, request.name or "", taken)
+        case _:
+            raise AssertionError(f"{request.kind} is not a request")
+    return done or _unchanged(view, now, taken)
+
+
+def takes_effect(run: Run, kind: MessageKind) -> bool:
+    """Whether a request of this kind changes a run in this state: what the operation answers."""
+    match kind:
+        case MessageKind.CANCEL:
+            return not run.status.ended
+        case MessageKind.PAUSE:
+            return run.status in (Status.PENDING, Status.RUNNING, Status.SUSPENDED) and not run.pausing
+        case MessageKind.RESUME:
+            return run.status is Status.PAUSED or run.pausing
+        case _:
+            return run.status is Status.COMPLETED
+
+
+def retry(view: View, now: datetime) -> Transition | None:
+    """Take a failed run up again at the step that failed, with fresh attempts; or look anew at a run that is parked
+    for a person. None if the run is neither. The caller has made sure that nothing of it was undone."""
+    run = view.run
+    if run.waiting_for is WaitingFor.PERSON:
+        return move(view, now, Status.RUNNING, error=None)
+    if run.status is not Status.FAILED:
+        return None
+    failed = tuple(entry.step_id for entry in view.journal.values() if entry.status == "failed")
+    deadline = run.deadline if run.deadline is not None and run.deadline > now else None
+    fresh: dict[str, Any] = {"error": None, "ending": None, "undo_cursor": None, "finished_at": None}
+    return move(view, now, Status.RUNNING, forget=failed, retries=run.retries + 1, deadline=deadline, **fresh)
+
+
+def was_undone(view: View) -> bool:
+    """Whether any of its entries was undone, or tried to be."""
+    return any(step_id.startswith("undo:") for step_id in view.journal)
+
+
+def begin_rollback(view: View, now: datetime) -> Transition:
+    """No handler of the run is alive any more: the rollback that `ending` asks for begins, or the run just ends."""
+    ending = view.run.ending
+    assert ending is not None
+    children = {step_id: begun for step_id, begun in view.run.frame.items() if begun.child is not None}
+    if view.workflow is not None and not targets(view) and not children:
+        return end(view, now, ending.status, error=ending.error, reason=ending.reason)
+    return move(view, now, Status.COMPENSATING, claim=None, pausing=False, frame=children)
+
+
+def _cancel(view: View, now: datetime, reason: str | None, compensate: bool, taken: Any) -> Transition | None:
+    run = view.run
+    if run.status.ended:
+        return None
+    if run.status is Status.COMPENSATING:
+        return _stop_rollback(view, now, reason, taken)
+    down = {"outgoing": _to_children(run, MessageKind.CANCEL, {"reason": reason, "compensate": compensate})}
+    if not compensate or not (view.journal or run.frame):
+        return end(view, now, Status.CANCELED, reason=reason, taken=taken, error=None, **down)
+    asked = {"ending": Ending(Status.CANCELED, reason=reason), "reason": reason, "error": None, "taken": taken, **down}
+    if run.claim is not None:  # its owner ends the handlers first: what they still bring is journaled, then undone
+        return move(view, now, run.status, **asked)
+    children = {step_id: begun for step_id, begun in run.frame.items() if begun.child is not None}
+    return move(view, now, Status.COMPENSATING, pausing=False, frame=children, **asked)
+
+
+def _stop_rollback(view: View, now: datetime, reason: str | None, taken: Any) -> Transition:
+    ending = view.run.ending
+    assert ending is not None
+    stopped = replace(ending, status=Status.CANCELED, reason=reason, stop=True)
+    return move(view, now, Status.COMPENSATING, ending=stopped, reason=reason, taken=taken)
+
+
+def _pause(view: View, now: datetime, taken: Any) -> Transition | None:
+    run = view.run
+    if not takes_effect(run, MessageKind.PAUSE):
+        return None
+    down = _to_children(run, MessageKind.PAUSE, None)
+    if run.claim is not None:
+        return move(view, now, run.status, pausing=True, taken=taken, outgoing=down)
+    return paused(view, now, taken=taken, outgoing=down)
+
+
+def paused(view: View, now: datetime, **write: Any) -> Transition:
+    """The pause takes effect: what the run waited for stays written, for its resumption."""
+    run = view.run
+    waits = {"waiting_for": run.waiting_for, "waiting_name": run.waiting_name, "wake_at": run.wake_at}
+    return move(view, now, Status.PAUSED, **{**waits, "claim": None, "pausing": False, "error": run.error, **write})
+
+
+def _resume(view: View, now: datetime, taken: Any) -> Transition | None:
+    run = view.run
+    down = _to_children(run, MessageKind.RESUME, None)
+    if run.pausing:
+        return move(view, now, run.status, pausing=False, taken=taken, outgoing=down)
+    if run.status is not Status.PAUSED:
+        return None
+    if run.waiting_for is None:
+        return move(view, now, Status.RUNNING, error=None, taken=taken, outgoing=down)
+    waits = {"waiting_for": run.waiting_for, "waiting_name": run.waiting_name, "wake_at": run.wake_at}
+    return move(view, now, Status.SUSPENDED, wake=True, taken=taken, outgoing=down, **waits)
+
+
+def _roll_back(view: View, now: datetime, answer_to: str, taken: Any) -> Transition | None:
+    run = view.run
+    if run.status is Status.COMPLETED:
+        ending = Ending(Status.CANCELED, reason="rolled back", answer_to=answer_to)
+        asked: dict[str, Any] = {"ending": ending, "reason": "rolled back", "finished_at": None}
+        return move(view, now, Status.COMPENSATING, taken=taken, **asked)
+    if run.status.ended and run.parent_id is not None:  # nothing is left to undo: the parent must hear it all the same
+        body = json.dumps({"status": run.status.value, "result": None, "error": None, "reason": run.reason})
+        answer = Outgoing(run.parent_id, MessageKind.CHILD, answer_to, body)
+        return _unchanged(view, now, taken, outgoing=(answer,))
+    return None
+
+
+def _unchanged(view: View, now: datetime, taken: Any, **write: Any) -> Transition:
+    """The message is taken, the run stays as it is."""
+    run = view.run
+    kept: dict[str, Any] = {"waiting_for": run.waiting_for, "waiting_name": run.waiting_name, "wake_at": run.wake_at}
+    kept |= {"frame": run.frame, "claim": run.claim, "pausing": run.pausing}
+    done = move(view, now, run.status, taken=taken, **kept, **write)
+    return replace(done, after=replace(run, revision=run.revision + 1))
+
+
+def _to_children(run: Run, kind: MessageKind, body: Mapping[str, Any] | None) -> tuple[Outgoing, ...]:
+    text = json.dumps(body) if body is not None else None
+    return tuple(Outgoing(b.child, kind, None, text) for b in run.frame.values() if b.child is not None)
+
+
+def not_undone(view: View) -> list[dict[str, Any]]:
+    """What a rollback left behind: compensators that gave up, and entries that it never came to."""
+    gave_up = [
+        {"step": step_id.removeprefix("undo:"), "error": entry.error.message if entry.error else None}
+        for step_id, entry in view.journal.items()
+        if step_id.startswith("undo:") and entry.status == "failed"
+    ]
+    return gave_up + [{"step": target.entry.step_id, "error": None} for target in targets(view)]
+
+
+def ending_failure(view: View) -> Failure | None:
+    """The error that a rolled-back run ends with: the original one, with what could not be undone."""
+    ending = view.run.ending
+    assert ending is not None
+    left = not_undone(view)
+    if not left:
+        return ending.error
+    canceled = Failure("RunCanceled", ending.reason or "canceled", kind="canceled")
+    failure = ending.error or canceled
+    return replace(failure, details={**(failure.details or {}), "not_undone": left})

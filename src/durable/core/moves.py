@@ -1,0 +1,86 @@
+"""How transitions are made: every one of them here, so that what must hold of all holds in one place.
+
+A transition raises the revision by one. A run that ends lets go of claim, frame and waits. A run that stays runnable
+and unclaimed has a continuation enqueued with the same write; one that parks, ends or is claimed has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from durable.core.state import Begun, Run, View
+from durable.core.transition import Next, Transition
+from durable.values import Status, WaitingFor
+
+NOT_BEGUN = Begun()
+
+
+def move(view: View, now: datetime, status: Status, *, wake: bool = False, **write: Any) -> Transition:
+    """The transition to `status`. Keywords are fields of Transition (what to write beside the run row) or of Run.
+
+    `wake` enqueues a continuation although the run is parked, so that its wait is looked at anew.
+    """
+    before = view.run
+    beside = {name: write.pop(name) for name in _BESIDE & write.keys()}
+    unparked: dict[str, Any] = {"waiting_for": None, "waiting_name": None, "wake_at": None}
+    healthy: dict[str, Any] = {"error": None} if status in _HEALTHY else {}
+    after = replace(before, **{**unparked, **healthy, **write, "status": status, "revision": before.revision + 1})
+    if status.ended:
+        after = replace(after, finished_at=now, frame={}, claim=None, pausing=False, **unparked)
+    if before.started_at is None and status not in _NOT_STARTED:
+        after = replace(after, started_at=now)
+    return Transition(before, after, next=_next(after, wake=wake), **beside)
+
+
+def park(
+    view: View,
+    now: datetime,
+    waiting_for: WaitingFor,
+    *,
+    name: str | None = None,
+    wake_at: datetime | None = None,
+    **write: Any,
+) -> Transition | None:
+    """Leave the run waiting, with no job, no process, no connection; None if it waits for just that already.
+
+    It is woken at `wake_at`, at its deadline, or by a message, whichever comes first.
+    """
+    run = view.run
+    status = Status.COMPENSATING if run.status is Status.COMPENSATING else Status.SUSPENDED
+    limits = [t for t in (wake_at, run.deadline if status is Status.SUSPENDED else None) if t is not None]
+    write = {
+        "claim": None,
+        "waiting_for": waiting_for,
+        "waiting_name": name,
+        "wake_at": min(limits, default=None),
+    } | write
+    after = replace(run, status=status, **{k: v for k, v in write.items() if k not in _BESIDE})
+    if after == run and not _BESIDE & write.keys():
+        return None
+    return move(view, now, status, **write)
+
+
+def with_step(run: Run, step_id: str, begun: Begun) -> Mapping[str, Begun]:
+    """The run's frame with what is now known of `step_id`."""
+    return {**run.frame, step_id: begun}
+
+
+def without(run: Run, *step_ids: str) -> Mapping[str, Begun]:
+    """The run's frame without steps that have finished."""
+    return {step_id: begun for step_id, begun in run.frame.items() if step_id not in step_ids}
+
+
+def _next(after: Run, *, wake: bool) -> Next | None:
+    if after.status.ended or after.status is Status.PAUSED or after.claim is not None:
+        return None
+    if after.waiting_for is not None and not wake:
+        return None
+    return Next.COMPENSATE if after.status is Status.COMPENSATING else Next.ADVANCE
+
+
+_BESIDE = frozenset(Transition.__dataclass_fields__) - {"before", "after", "next"}
+_HEALTHY = frozenset({Status.RUNNING, Status.SUSPENDED, Status.COMPLETED})
+_NOT_STARTED = frozenset({Status.PENDING, Status.PAUSED, Status.CANCELED})

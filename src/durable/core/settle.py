@@ -1,0 +1,242 @@
+"""What a call led to, made into a transition: 4 in the corridor of `engine/advance.py`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, assert_never
+
+from durable.core import undo
+from durable.core.finish import complete, node_done
+from durable.core.give_up import current_node, entry_of, step_failed
+from durable.core.loops import iterations, loop_result
+from durable.core.moves import NOT_BEGUN, move, park, with_step, without
+from durable.core.state import Entry, EntryKind, Failure, View
+from durable.core.transition import (
+    Call,
+    Failed,
+    FailedAttempt,
+    Interrupted,
+    Iterated,
+    Limits,
+    Outcome,
+    Purpose,
+    Succeeded,
+    Suspended,
+    Transition,
+)
+from durable.core.undo_targets import Target
+from durable.core.waits import begin_sleep, begin_wait
+from durable.define.nodes import ChildWorkflow, Loop, Parallel, Route, Sleep, WaitForSignal, Work
+from durable.values import Status, WaitingFor
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A call that has ended: what settle looks at beside the view."""
+
+    call: Call
+    outcome: Outcome
+    started_at: datetime
+    now: datetime
+
+
+def settle(view: View, ended: Ended, limits: Limits) -> Transition:
+    """The transition that `ended.outcome` makes of the run."""
+    match ended.outcome:
+        case Succeeded(value):
+            return _succeeded(view, ended, value)
+        case Iterated() as iterated:
+            return _iterated(view, ended, iterated)
+        case Suspended(snapshot):
+            return _suspended(view, ended, snapshot)
+        case Failed() as failed:
+            return _failed(view, ended, failed, limits)
+        case Interrupted(by):
+            return _interrupted(view, ended, by)
+        case _:
+            assert_never(ended.outcome)
+
+
+def _succeeded(view: View, ended: Ended, value: str) -> Transition:
+    call, now = ended.call, ended.now
+    node = current_node(view)
+    match call.purpose:
+        case Purpose.STEP:
+            assert node is not None
+            return node_done(view, now, node, value, entries=(_entry(view, ended, value),))
+        case Purpose.BRANCH:
+            return _branch_done(view, ended, value)
+        case Purpose.CHOICE:
+            return _chosen(view, ended, value)
+        case Purpose.RESULT:
+            entry = _entry(view, ended, value)
+            passed = replace(view, journal={**view.journal, entry.step_id: entry})
+            return complete(passed, now, entries=(entry,))
+        case Purpose.UNDO:
+            return undo.undone(view, now, _target(view, call), started_at=ended.started_at)
+        case Purpose.ITERATION:
+            raise AssertionError("an iteration answers Iterated")
+        case _:
+            assert_never(call.purpose)
+
+
+def _branch_done(view: View, ended: Ended, value: str) -> Transition:
+    node = current_node(view)
+    entry = _entry(view, ended, value)
+    if isinstance(node, Parallel):  # its siblings go on under the same claim; planning sees when all have ended
+        return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=without(view.run, entry.step_id))
+    assert isinstance(node, Route)
+    branch = json.dumps(entry.step_id.partition("/")[2], ensure_ascii=False)
+    return node_done(view, ended.now, node, f'{{"branch":{branch},"value":{value}}}', entries=(entry,))
+
+
+def _chosen(view: View, ended: Ended, value: str) -> Transition:
+    node = current_node(view)
+    match node:
+        case Route() if (unknown := _unknown_branch(node, value)) is not None:
+            return step_failed(view, ended.now, ended.call, unknown, started_at=ended.started_at)
+        case Route() | ChildWorkflow():
+            entry = _entry(view, ended, value)
+            frame = without(view.run, entry.step_id)
+            return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=frame, claim=None)
+        case Sleep(until=Work() as work):
+            return _sleep_chosen(view, ended, node, work, value)
+        case WaitForSignal():
+            return _must(begin_wait(view, node, ended.now, json.loads(value)))
+        case _:
+            raise AssertionError(f"{node} computes nothing")
+
+
+def _sleep_chosen(view: View, ended: Ended, node: Sleep, work: Work, value: str) -> Transition:
+    until = work.result.load(value)
+    if isinstance(until, datetime) and until.tzinfo is None:
+        message = f"{node.name!r}: the time {until} has no time zone; return an aware datetime"
+        naive = Failure("durable.errors.PayloadError", message, "critical", node.name)
+        return step_failed(view, ended.now, ended.call, naive, started_at=ended.started_at)
+    return _must(begin_sleep(view, node, ended.now, until))
+
+
+def _unknown_branch(node: Route, value: str) -> Failure | None:
+    branch = json.loads(value)
+    if isinstance(branch, str) and branch in node.branches:
+        return None
+    message = f"route {node.name!r} chose {branch!r}, which is not one of its branches: {', '.join(node.branches)}"
+    return Failure("durable.errors.UnknownBranch", message, "critical", node.name)
+
+
+def _iterated(view: View, ended: Ended, iterated: Iterated) -> Transition:
+    call, node = ended.call, current_node(view)
+    assert isinstance(node, Loop)
+    if iterated.value is None:  # `while_` ended the loop before this iteration
+        return _loop_done(view, ended, node, ())
+    extra: dict[str, Any] = {"iteration": call.iteration, "stop": iterated.stop}
+    if iterated.next_item is not None:
+        extra["next"] = iterated.next_item
+    entry = entry_of(
+        view, call, ended.now, "completed", started_at=ended.started_at, result=iterated.value, extra=extra
+    )
+    assert call.iteration is not None
+    if iterated.stop or (not node.conditional and call.iteration + 1 >= node.max_iterations):
+        return _loop_done(view, ended, node, (entry,))
+    return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=without(view.run, call.step_id), claim=None)
+
+
+def _loop_done(view: View, ended: Ended, node: Loop, last: tuple[Entry, ...]) -> Transition:
+    done = [*iterations(view, node), *last]
+    since = done[0].started_at if done else ended.started_at
+    value = loop_result(node, done)
+    own = Entry(node.name, EntryKind.LOOP, "completed", value, started_at=since, finished_at=ended.now)
+    frame = without(view.run, node.name, ended.call.step_id)
+    return node_done(view, ended.now, node, value, entries=(*last, own), frame=frame)
+
+
+def _suspended(view: View, ended: Ended, snapshot: str) -> Transition:
+    call, run = ended.call, view.run
+    begun = run.frame.get(call.step_id, NOT_BEGUN)
+    waits = replace(
+        begun,
+        since=begun.since or ended.started_at,
+        due=None,
+        waits=WaitingFor.RESUME,
+        name=call.step_id,
+        resume_data=None,
+        running=False,
+    )
+    entry = entry_of(view, call, ended.now, "suspended", started_at=ended.started_at, result=snapshot)
+    frame = with_step(run, call.step_id, waits)
+    if _is_branch(view, call):
+        return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=frame)
+    return _must(park(view, ended.now, WaitingFor.RESUME, name=call.step_id, frame=frame, entries=(entry,)))
+
+
+def _failed(view: View, ended: Ended, failed: Failed, limits: Limits) -> Transition:
+    call, retry = ended.call, ended.call.work.retry
+    if failed.retryable and not retry.exhausted(call.attempt):
+        delay = failed.delay if failed.delay is not None else retry.delay(call.attempt, limits.chance)
+        return _try_again(view, ended, failed.failure, delay)
+    failure = failed.failure
+    if failed.retryable and call.attempt > 1:
+        failure = replace(failure, kind="exhausted", attempts=call.attempt)
+    if call.purpose is Purpose.UNDO:
+        return undo.undone(view, ended.now, _target(view, call), failure, started_at=ended.started_at)
+    if failed.retryable and retry.on_exhausted == "pause":
+        return _pause_exhausted(view, ended, failure)
+    return step_failed(view, ended.now, call, failure, started_at=ended.started_at)
+
+
+def _try_again(view: View, ended: Ended, failure: Failure, delay: float) -> Transition:
+    call, run, now = ended.call, view.run, ended.now
+    begun = run.frame.get(call.step_id, NOT_BEGUN)
+    due = now + timedelta(seconds=delay)
+    since = begun.since or ended.started_at
+    waits = replace(begun, attempts=call.attempt, since=since, due=due, waits=WaitingFor.RETRY, running=False)
+    frame = with_step(run, call.step_id, waits)
+    record = FailedAttempt(call.step_id, call.attempt, "failed", failure, ended.started_at, now, due)
+    if _is_branch(view, call):
+        return move(view, now, Status.RUNNING, frame=frame, attempts=(record,))
+    return _must(park(view, now, WaitingFor.RETRY, name=call.step_id, wake_at=due, frame=frame, attempts=(record,)))
+
+
+def _pause_exhausted(view: View, ended: Ended, failure: Failure) -> Transition:
+    """Out of attempts, and to be looked at by a person: resume() gives it fresh ones."""
+    call = ended.call
+    record = FailedAttempt(call.step_id, call.attempt, "failed", failure, ended.started_at, ended.now)
+    frame = without(view.run, call.step_id)
+    claim = view.run.claim if _is_branch(view, call) else None
+    asked: dict[str, Any] = {"pausing": True, "error": failure, "claim": claim}
+    return move(view, ended.now, Status.RUNNING, frame=frame, attempts=(record,), **asked)
+
+
+def _interrupted(view: View, ended: Ended, by: str) -> Transition:
+    """Ended from outside, not counted: the next attempt has the same number."""
+    call, run = ended.call, view.run
+    failure = Failure(
+        "durable.errors.StepInterrupted", f"interrupted by {by}", "interrupted", call.step_id, call.attempt
+    )
+    record = FailedAttempt(call.step_id, call.attempt, "interrupted", failure, ended.started_at, ended.now)
+    begun = run.frame.get(call.step_id)
+    frame = with_step(run, call.step_id, replace(begun, running=False)) if begun is not None else run.frame
+    claim = run.claim if _is_branch(view, call) else None
+    status = Status.COMPENSATING if run.status is Status.COMPENSATING else Status.RUNNING
+    return move(view, ended.now, status, frame=frame, claim=claim, attempts=(record,))
+
+
+def _is_branch(view: View, call: Call) -> bool:
+    return call.purpose is Purpose.BRANCH and isinstance(current_node(view), Parallel)
+
+
+def _target(view: View, call: Call) -> Target:
+    target = undo.next_target(view)
+    assert target is not None and target.undo_id == call.step_id
+    return target
+
+
+def _entry(view: View, ended: Ended, value: str) -> Entry:
+    return entry_of(view, ended.call, ended.now, "completed", started_at=ended.started_at, result=value)
+
+
+def _must(transition: Transition | None) -> Transition:
+    assert transition is not None, "a wait that begins changes the run"
+    return transition

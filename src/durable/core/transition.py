@@ -1,0 +1,200 @@
+"""What the core answers: a call to user code, or a transition to be written; and what a call can lead to.
+
+Three values, none of which touches the run. ``engine/calls.py`` turns a :class:`Call` into an outcome; ``store`` writes
+a :class:`Transition`; nobody else does either.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Literal, TypeAlias
+
+from durable.core.state import Entry, Failure, MessageKind, Run
+from durable.define.nodes import Loop, Work
+from durable.values import JsonText
+
+
+class Purpose(StrEnum):
+    """Why user code is called: what settle makes of its value depends on it."""
+
+    STEP = "step"
+    BRANCH = "branch"
+    ITERATION = "iteration"
+    CHOICE = "choice"  # a route's selector, a computed duration, signal name or child
+    RESULT = "result"  # `result=fn` of the workflow
+    UNDO = "undo"  # a compensator
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """User code to run: `work.handler` with a context made of these facts and the view.
+
+    `deadline` is when the attempt must have ended at the latest (its own timeout is in `work`); `attempt` is 1-based.
+    """
+
+    step_id: str
+    purpose: Purpose
+    work: Work
+    attempt: int = 1
+    crashes: int = 0
+    deadline: datetime | None = None
+    loop: Loop | None = None  # ITERATION: whose conditions are evaluated around the handler
+    iteration: int | None = None
+    item: JsonText | None = None  # ITERATION and its UNDO; None at iteration 0: map_input or the run's input
+    snapshot: JsonText | None = None
+    resume_data: JsonText | None = None
+    resumed: bool = False  # re-entry after Suspend: resume_data counts, even when it is null
+    output: JsonText | None = None  # UNDO: what the step returned
+    undoes: str | None = None  # UNDO: the entry's step id
+
+    @property
+    def claims_first(self) -> bool:
+        """Whether it never runs under the lock: it is to be long, or its attempt must be on record before it runs."""
+        return self.work.transactional is False or self.work.at_most_once
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class Fanout:
+    """Branches that may all run now, concurrently, under one claim."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """The handler returned; its value is storable and stands here as JSON text."""
+
+    value: JsonText
+
+
+@dataclass(frozen=True, slots=True)
+class Iterated:
+    """A loop's conditions and handler ran. `value` is None if `while_` said stop before the handler ran."""
+
+    value: JsonText | None
+    stop: bool
+    next_item: JsonText | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The attempt failed. `retryable`: the work's Retry takes this kind of error; `delay`: what a backoff *function* of
+    the user's answered, in seconds (None: the policy computes it)."""
+
+    failure: Failure
+    retryable: bool
+    delay: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """The handler returned ``Suspend`` or an object of its shape."""
+
+    snapshot: JsonText
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The handler was ended from outside before it had an outcome. `by`: ``cancel`` (a request in the inbox),
+    ``shutdown`` (handed back, not counted), ``crash`` (its worker died, counted), ``claim_lost``."""
+
+    by: Literal["cancel", "shutdown", "crash", "claim_lost"]
+
+
+Outcome: TypeAlias = Succeeded | Iterated | Failed | Suspended | Interrupted
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """One row of the attempts table."""
+
+    step_id: str
+    attempt: int
+    kind: Literal["failed", "interrupted"]
+    error: Failure | None
+    started_at: datetime | None
+    finished_at: datetime
+    next_attempt_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One row of the run's events: a lifecycle transition (`kind` as in HistoryEvent.kind) or a discarded branch."""
+
+    kind: str
+    step_id: str | None = None
+    data: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message to another run: goes into its inbox, with its doorbell, in this transaction."""
+
+    run_id: uuid.UUID
+    kind: MessageKind
+    name: str | None = None
+    body: JsonText | None = None
+    id: str | None = None  # the same id is delivered once
+
+
+@dataclass(frozen=True, slots=True)
+class ChildStart:
+    """A run to be started in this transaction."""
+
+    id: uuid.UUID
+    workflow: str
+    version: str
+    input: JsonText
+    parent_step: str
+
+
+class Next(StrEnum):
+    """The continuation that a transition enqueues."""
+
+    ADVANCE = "advance"
+    COMPENSATE = "compensate"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """What is to be written, all of it in one transaction, guarded by ``before.revision``.
+
+    `after` carries the new revision already. `next` is None for a run that parks, ends, or is claimed.
+    `taken` maps the seq of each message taken to the step that took it (None: a control request).
+    """
+
+    before: Run
+    after: Run
+    entries: tuple[Entry, ...] = ()
+    attempts: tuple[FailedAttempt, ...] = ()
+    events: tuple[Event, ...] = ()
+    taken: Mapping[int, str | None] | None = None
+    outgoing: tuple[Outgoing, ...] = ()
+    children: tuple[ChildStart, ...] = ()
+    next: Next | None = None
+    forget: tuple[str, ...] = ()  # step ids whose `failed` journal rows are deleted: retry takes them up anew
+
+    @property
+    def ends(self) -> bool:
+        """Whether the run comes to its end by this."""
+        return self.after.status.ended and not self.before.status.ended
+
+
+Decision: TypeAlias = Transition | Call | Fanout | None
+"""What planning answers; None: there is nothing to do now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the engine, not the workflow, allows. `chance` is a fresh random number in [0, 1) for the jitter."""
+
+    max_crashes: int = 5
+    chance: float = 0.5

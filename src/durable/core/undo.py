@@ -1,0 +1,125 @@
+"""The rollback, planned: newest finished entry that has a compensator, else the end.
+
+One compensator a transaction, each with a journal entry of its own (``undo:<step>``) and a cursor that moves down the
+journal's own sequence, so that a rollback survives crashes as the forward path does.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from datetime import datetime
+from typing import Any
+
+from durable.core.attempt import Waits, attempt
+from durable.core.control import ending_failure
+from durable.core.finish import end
+from durable.core.moves import move, park, with_step, without
+from durable.core.state import Begun, Entry, EntryKind, Failure, Message, MessageKind, View
+from durable.core.transition import Call, Decision, Limits, Outgoing, Purpose, Transition
+from durable.core.undo_targets import Target, targets
+from durable.values import Status, WaitingFor
+
+
+def plan(view: View, now: datetime, limits: Limits, running: frozenset[str]) -> Decision:
+    """What the rollback does next."""
+    ending = view.run.ending
+    assert ending is not None
+    if running:
+        return None
+    if view.workflow is None:
+        missing = f"{view.run.workflow}@{view.run.version}"
+        return park(view, now, WaitingFor.DEFINITION, name=missing)
+    if (open_child := _open_child(view)) is not None and not ending.stop:
+        return _await_child(view, now, open_child)
+    target = next_target(view)
+    if target is None or ending.stop:
+        return end(view, now, ending.status, error=ending_failure(view), reason=ending.reason)
+    return _undo_child(view, now, target) if target.work is None else _undo(view, now, target, limits)
+
+
+def next_target(view: View) -> Target | None:
+    """The newest entry below the rollback's cursor that is to be undone."""
+    cursor = view.run.undo_cursor
+    return next((t for t in targets(view) if cursor is None or t.entry.seq < cursor), None)
+
+
+def undone(view: View, now: datetime, target: Target, failure: Failure | None = None, **write: Any) -> Transition:
+    """The compensator of `target` ended, well or for good with `failure`: journal it, move the cursor down."""
+    begun = view.run.frame.get(target.undo_id)
+    entry = Entry(
+        target.undo_id,
+        EntryKind.UNDO,
+        "failed" if failure else "completed",
+        error=failure,
+        attempt=begun.attempts + 1 if begun else 1,
+        started_at=write.pop("started_at", None) or (begun.since if begun else None) or now,
+        finished_at=now,
+        parent=target.entry.parent,
+    )
+    frame = without(view.run, target.undo_id)
+    write = {"frame": frame, "undo_cursor": target.entry.seq, "claim": None, **write}
+    return move(view, now, Status.COMPENSATING, entries=(entry,), **write)
+
+
+def _undo(view: View, now: datetime, target: Target, limits: Limits) -> Decision:
+    assert target.work is not None
+    entry = target.entry
+    call = Call(target.undo_id, Purpose.UNDO, target.work, output=entry.result, undoes=entry.step_id)
+    state = attempt(view, now, limits, call)
+    match state:
+        case Waits(begun):
+            return park(view, now, WaitingFor.RETRY, name=target.undo_id, wake_at=begun.due)
+        case Failure() as failure:
+            return undone(view, now, target, failure)
+        case _:
+            return state
+
+
+def _undo_child(view: View, now: datetime, target: Target) -> Transition | None:
+    begun = view.run.frame.get(target.undo_id)
+    extra = target.entry.extra or {}
+    if begun is None:
+        child = uuid.UUID(extra["child"])
+        ask = Outgoing(child, MessageKind.ROLLBACK, target.undo_id, id=target.undo_id)
+        frame = with_step(view.run, target.undo_id, Begun(waits=WaitingFor.ROLLBACK, since=now))
+        return park(view, now, WaitingFor.ROLLBACK, name=target.undo_id, frame=frame, outgoing=(ask,))
+    answer = _answer(view, target.undo_id)
+    if answer is None:
+        return park(view, now, WaitingFor.ROLLBACK, name=target.undo_id)
+    return undone(view, now, target, _left_behind(answer), taken={answer.seq: target.undo_id})
+
+
+def _left_behind(answer: Message) -> Failure | None:
+    error = json.loads(answer.body or "{}").get("error")
+    if not error:
+        return None
+    return Failure(
+        "ChildFailed", f"the child was not undone as a whole: {error.get('message')}", details={"child": error}
+    )
+
+
+def _open_child(view: View) -> str | None:
+    """The step whose child was still running when the rollback began: its end is awaited before anything is undone."""
+    return next((step_id for step_id, begun in view.run.frame.items() if begun.child is not None), None)
+
+
+def _await_child(view: View, now: datetime, step_id: str) -> Transition | None:
+    answer = _answer(view, step_id)
+    if answer is None:
+        return park(view, now, WaitingFor.ROLLBACK, name=step_id)
+    begun = view.run.frame[step_id]
+    body = json.loads(answer.body or "{}")
+    entries: tuple[Entry, ...] = ()
+    if body.get("status") == Status.COMPLETED:  # it was faster than our cancel: it is undone like any finished step
+        result = json.dumps(body.get("result"), ensure_ascii=False)
+        extra = {"child": str(begun.child)}
+        entries = (
+            Entry(step_id, EntryKind.CHILD, "completed", result, started_at=begun.since, finished_at=now, extra=extra),
+        )
+    taken = {answer.seq: step_id}
+    return move(view, now, Status.COMPENSATING, frame=without(view.run, step_id), entries=entries, taken=taken)
+
+
+def _answer(view: View, name: str) -> Message | None:
+    return next((m for m in view.inbox if m.kind is MessageKind.CHILD and m.name == name), None)
