@@ -1,0 +1,71 @@
+"""What the engine asks and says outside a run's own transaction: each in one statement, on any free connection."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection
+from datetime import timedelta
+from functools import lru_cache
+from typing import Final
+
+from durable.store.db import Connection, Store
+from durable.store.sql import Statements, statement
+
+LATER: Final = timedelta(seconds=1)
+"""When a job that found its run's row busy comes again."""
+
+
+class NudgeSql(Statements):
+    """Statements of this room."""
+
+    enqueue = statement("""
+-- a continuation for the revision that was written, or was found busy; harmless if the run has moved on
+select {schema}.enqueue(%(task)s, id, %(revision)s, queue, priority, %(delay)s) from {schema}.runs where id = %(run)s
+""")
+
+    cancel_asked = statement("""
+-- whether an executing handler is to be interrupted
+select 1 from {schema}.inbox where run_id = %(run)s and kind = 'cancel' and state <> 'taken' limit 1
+""")
+
+    tell_owner = statement("""
+-- the worker that has the claim should look at the run
+select pg_notify(%(channel)s, %(run)s)
+""")
+
+    notify_ended = statement("""
+-- tell who waits for the end of these runs
+with gone as (delete from {schema}.waiters where run_id = any (%(ids)s) returning run_id)
+select pg_notify(%(channel)s, run_id::text) from (select distinct run_id from gone) as ended
+""")
+
+
+@lru_cache
+def statements(schema: str) -> NudgeSql:
+    """The statements for one schema."""
+    return NudgeSql(schema)
+
+
+async def enqueue_again(
+    db: Store, connection: Connection, run_id: uuid.UUID, revision: int, task: str, delay: timedelta | None = None
+) -> None:
+    """A continuation that nobody enqueued with the run's own write. Reads the run without a lock."""
+    values = {"task": task, "run": run_id, "revision": revision, "delay": delay}
+    await connection.execute(statements(db.schema).enqueue, values)
+
+
+async def cancel_asked(db: Store, connection: Connection, run_id: uuid.UUID) -> bool:
+    """Whether a cancel lies in the run's inbox. Reads without the run's lock."""
+    cursor = await connection.execute(statements(db.schema).cancel_asked, {"run": run_id})
+    return await cursor.fetchone() is not None
+
+
+async def tell_owner(db: Store, connection: Connection, run_id: uuid.UUID) -> None:
+    """Announce that the row or the inbox of a claimed run has news."""
+    await connection.execute(statements(db.schema).tell_owner, {"channel": db.control_channel, "run": str(run_id)})
+
+
+async def notify_ended(db: Store, connection: Connection, ids: Collection[uuid.UUID]) -> None:
+    """Wake those who wait for the end of these runs: after the ending commit, never inside it."""
+    values = {"channel": f"{db.schema}_ended", "ids": list(ids)}
+    await connection.execute(statements(db.schema).notify_ended, values)

@@ -1,0 +1,170 @@
+"""Every statement of the advance path. The first line of each says what for; the server's log and statistics show it.
+
+Names are qualified: a connection's search_path does not matter. Guards raise in the database (``refuse``): a whole
+transaction travels in one flush, and COMMIT is on its way before anybody could read a row count.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from durable.store.codec import ENTRY_COLUMNS, MESSAGE_COLUMNS, RUN_COLUMNS
+
+
+class statement:  # noqa: N801 - reads like a keyword
+    """A statement with ``{schema}`` in it; as an attribute of Statements with the schema's name in place."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
+
+    def __set_name__(self, owner: type[Statements], name: str) -> None:
+        self.name = name
+
+    def __get__(self, bound: Statements, owner: type[Statements]) -> bytes:
+        made = self.text.replace("{schema}", bound.schema).encode()
+        bound.__dict__[self.name] = made  # found there before this is asked again
+        return made
+
+
+class Statements:
+    """Statements for one schema."""
+
+    def __init__(self, schema: str) -> None:
+        self.schema = f'"{schema}"'
+
+
+_CHANGED: Final = (
+    "status", "revision", "current_step", "frame", "waiting_for", "waiting_name", "wake_at", "deadline",
+    "claim_worker", "claim_token", "pausing", "ending", "undo_cursor", "retries", "error", "reason", "started_at",
+    "finished_at",
+)  # fmt: skip
+
+
+class Sql(Statements):
+    begin = statement("begin isolation level read committed read write")
+    commit = statement("commit")
+    commit_and_begin = statement("commit and chain")  # the next transaction has the isolation level of this one
+
+    # The lock stands in a subquery: what the outer one reads, it reads when the lock has been had; the time, too.
+    lock = statement(f"""
+-- lock a run, and read it: wait for its holder
+select {RUN_COLUMNS}, {{schema}}.engine_now()
+from (select * from {{schema}}.runs where id = %(run)s for update) run
+""")
+
+    lock_free = statement(f"""
+-- lock a run, and read it, if nobody holds it
+select {RUN_COLUMNS}, {{schema}}.engine_now()
+from (select * from {{schema}}.runs where id = %(run)s for update skip locked) run
+""")
+
+    relock = statement("""
+-- lock a run that was just written: only another revision would have changed it
+select revision, {schema}.engine_now()
+from (select revision from {schema}.runs where id = %(run)s for update) run
+""")
+
+    inbox = statement(f"""
+-- what lies in the inbox: read after the lock, never with it
+select {MESSAGE_COLUMNS} from {{schema}}.inbox where run_id = %(run)s and state <> 'taken' order by seq
+""")
+
+    journal = statement(f"""
+-- what the run has passed, in the order in which it was written
+select {ENTRY_COLUMNS} from {{schema}}.journal where run_id = %(run)s order by seq
+""")
+
+    see = statement("""
+-- these messages were shown to a holder of the lock: they wake nobody any more
+update {schema}.inbox set state = 'seen' where run_id = %(run)s and seq = any(%(seqs)s) and state = 'new'
+""")
+
+    take = statement("""
+-- these messages were taken, each by a step or, control requests, by the engine
+update {schema}.inbox message set state = 'taken', taken_by = taken.step, taken_at = {schema}.engine_now()
+from unnest(%(seqs)s::bigint[], %(steps)s::text[]) as taken (seq, step)
+where message.run_id = %(run)s and message.seq = taken.seq and message.state <> 'taken'
+""")
+
+    move = statement(f"""
+-- the run becomes what the transition says, if it still is what the transition was made from
+with moved as (
+  update {{schema}}.runs set {", ".join(f"{name} = %({name})s" for name in _CHANGED)}
+  where id = %(run)s and revision = %(before)s
+  returning revision
+)
+select coalesce(
+  (select revision from moved),
+  {{schema}}.refuse('runs_revision', 'run ' || %(run)s || ' is no longer at revision ' || %(before)s)
+)
+""")
+
+    forget = statement("""
+-- a retried run forgets the failures that ended it: from the journal they move to the failed attempts
+with forgotten as (
+  delete from {schema}.journal where run_id = %(run)s and step_id = any(%(steps)s) and status = 'failed' returning *
+)
+insert into {schema}.attempts (run_id, step_id, attempt, kind, error, started_at, finished_at)
+select run_id, step_id, attempt, 'failed', error, started_at, finished_at from forgotten
+where kind in ('step', 'branch', 'iteration', 'choice', 'result')
+""")
+
+    write = statement("""
+-- an entry: the first write wins, but for a suspended step, which ends in place of its suspension
+with written as (
+  insert into {schema}.journal
+    (run_id, step_id, kind, status, result, error, attempt, started_at, finished_at, parent, extra)
+  values (
+    %(run)s, %(step_id)s, %(kind)s, %(status)s, %(result)s, %(error)s, %(attempt)s, %(started_at)s,
+    coalesce(%(finished_at)s, {schema}.engine_now()), %(parent)s, %(extra)s
+  )
+  on conflict (run_id, step_id) do update set
+    seq = default, kind = excluded.kind, status = excluded.status, result = excluded.result, error = excluded.error,
+    attempt = excluded.attempt, started_at = excluded.started_at, finished_at = excluded.finished_at,
+    parent = excluded.parent, extra = excluded.extra
+  where journal.status = 'suspended'
+  returning seq
+)
+select coalesce(
+  (select seq from written),
+  {schema}.refuse('journal_first_write_wins', 'run ' || %(run)s || ' has an entry of ' || %(step_id)s || ' already')
+)
+""")
+
+    attempt = statement("""
+-- an attempt that failed, or whose worker died
+insert into {schema}.attempts (run_id, step_id, attempt, kind, error, started_at, finished_at, next_attempt_at)
+values (%(run)s, %(step_id)s, %(attempt)s, %(kind)s, %(error)s, %(started_at)s, %(finished_at)s, %(next_attempt_at)s)
+""")
+
+    event = statement("""
+-- what happened to the run
+insert into {schema}.events (run_id, kind, step_id, data, at)
+values (%(run)s, %(kind)s, %(step_id)s, %(data)s, {schema}.engine_now())
+""")
+
+    send = statement("""
+-- a message to another run
+select {schema}.send_message(%(to)s, %(kind)s, %(name)s, %(body)s, %(id)s)
+""")
+
+    start_child = statement("""
+-- a child: it has its parent's queue, priority, tags, root and deadline
+select child.id, child.created
+from {schema}.runs parent, {schema}.start_run(
+  p_id => %(id)s, p_workflow => %(workflow)s, p_version => %(version)s, p_input => %(input)s,
+  p_input_hash => %(input_hash)s, p_queue => parent.queue, p_tags => parent.tags, p_priority => parent.priority,
+  p_parent => parent.id, p_parent_step => %(parent_step)s, p_root => parent.root_id, p_deadline => parent.deadline
+) child
+where parent.id = %(run)s
+""")
+
+    ring_later = statement("""
+-- the row was busy: one more ring, whose message lies in the inbox already
+select {schema}.enqueue('durable.ring', id, null, queue, priority, %(delay)s) from {schema}.runs where id = %(run)s
+""")
+
+    enqueue = statement("""
+-- the next job: last of all, for it may have to wait for a rival
+select {schema}.enqueue(%(task)s, %(run)s, %(revision)s, %(queue)s, %(priority)s, %(delay)s)
+""")
