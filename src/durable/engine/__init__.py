@@ -1,0 +1,1 @@
+"""The shell around the core: jobs, locks, user code, claims, timers, recovery. Read `advance.py` first."""

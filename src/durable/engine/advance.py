@@ -1,0 +1,116 @@
+"""The heart: one job takes a run further.
+
+    lock the run's row -> plan -> run user code -> settle -> write journal, cursor and next job -> commit
+
+all in one transaction; then the next step, in the next. What happens next (`plan`) and what a call led to (`settle`)
+is decided by the pure core; this file holds the row while user code runs, and writes what was decided.
+
+A step that is still running after `detach_after` is detached: the transaction, which holds nothing but the lock,
+commits a claim instead, and `claims.py` goes on without holding the row.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from durable.core.crash import postponed
+from durable.core.graph import plan
+from durable.core.settle import settle
+from durable.core.transition import Call, Fanout, Next, Transition
+from durable.engine import claims
+from durable.engine.flight import Flight
+from durable.engine.hold import Hold, executing, take
+from durable.engine.points import Point
+from durable.engine.slots import Slot
+from durable.store.errors import RowBusy
+
+if TYPE_CHECKING:
+    from durable.engine.engine import Engine
+
+SUSPECT_RETRY = 1.0  # seconds until a step that was running in a crash asks again whether it may run alone
+
+
+async def advance(engine: Engine, run_id: uuid.UUID, revision: int) -> None:
+    """The continuation of a run at `revision`: does nothing when the run has moved on, or is claimed."""
+    await continue_run(engine, run_id, revision, Next.ADVANCE)
+
+
+async def continue_run(engine: Engine, run_id: uuid.UUID, revision: int, kind: Next) -> None:
+    """Take the run at `revision` further, forward or back."""
+    engine.at(Point.BEFORE_LOCK, "-")
+    async with engine.slots.one() as slot:
+        try:
+            hold = await take(engine, run_id)
+        except RowBusy:  # whoever holds the row may end without moving the run on
+            return await engine.enqueue_later(run_id, revision, kind)
+        if hold is None:
+            return
+        if hold.view.run.revision != revision or hold.view.run.claim is not None:
+            await hold.release()
+            return
+        await burst(engine, hold, slot, kind)
+
+
+async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> None:
+    """Step after step, each its own transaction, until the run parks, ends, is claimed, or others have their turn."""
+    budget = Budget(engine, kind)
+    while hold is not None:
+        engine.at(Point.AFTER_LOCK, executing(hold.view))
+        match plan(hold.view, hold.now, engine.limits()):
+            case Transition() as transition:
+                hold = await write(hold, transition, budget)
+            case Call() | Fanout() as work:
+                with engine.suspects.admit(hold.view.run.id, work) as admitted:
+                    if admitted:
+                        hold = await execute(engine, hold, work, slot, budget)
+                    else:
+                        hold = await hold.write(postponed(hold.view, hold.now, work, SUSPECT_RETRY))
+            case None:
+                hold = await hold.release()
+
+
+async def execute(engine: Engine, hold: Hold, work: Call | Fanout, slot: Slot, budget: Budget) -> Hold | None:
+    """Run user code: one call while holding the row, if it may; branches, and what is long, by a claim."""
+    if isinstance(work, Fanout) or work.claims_first:
+        slot.give_back()
+        return await claims.execute(engine, hold, work)
+    return await execute_attached(engine, hold, work, slot, budget)
+
+
+async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, budget: Budget) -> Hold | None:
+    """Run one call under the row's lock, and write what it led to in the same transaction."""
+    flight = Flight(engine, hold.view, call, hold)
+    if not await flight.ends_attached(slot):
+        slot.give_back()
+        return await claims.go_on(engine, flight)
+    ended = await flight.ended()
+    try:
+        transition = settle(hold.view, ended, engine.limits())
+        if transition.ends:  # a pause or cancel that came during the last step must not be overlooked
+            await hold.read_inbox()
+            transition = settle(hold.view, ended, engine.limits())
+        return await write(hold, transition, budget)
+    except engine.DATABASE_ERRORS as error:
+        return await claims.record_anew(engine, hold.view, flight, error)
+
+
+async def write(hold: Hold, transition: Transition, budget: Budget) -> Hold | None:
+    """Commit a transition, and lock the run again if this job goes on with it."""
+    return await hold.write_and_lock(transition) if budget.allows(transition) else await hold.write(transition)
+
+
+class Budget:
+    """How much one job may do before others have their turn."""
+
+    def __init__(self, engine: Engine, kind: Next) -> None:
+        self._engine, self._kind = engine, kind
+        self._steps = engine.options.burst_steps
+        self._until = time.monotonic() + engine.options.burst_seconds
+
+    def allows(self, transition: Transition) -> bool:
+        """Whether the job that decided `transition` takes the next step as well."""
+        self._steps -= 1
+        left = self._steps > 0 and time.monotonic() < self._until and not self._engine.stopping
+        return left and transition.next is self._kind

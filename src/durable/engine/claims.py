@@ -1,0 +1,230 @@
+"""Runs that this worker executes without holding their row: long steps, and branches side by side.
+
+Each outcome is written in a transaction of its own: lock, check the token, journal, commit. The owner plans on whenever
+a branch has ended, falls due, or a message has come, until the node is done or no branch can move; then the claim ends
+with the same write. Whoever finds the claim gone discards what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal
+
+from durable.core.crash import claimed
+from durable.core.graph import go_on as go_on_by_queue
+from durable.core.graph import plan
+from durable.core.settle import Ended, settle
+from durable.core.state import View
+from durable.core.transition import Call, Fanout, Transition
+from durable.engine.flight import ClaimLock, Flight, transaction_lost
+from durable.engine.hold import Hold, executing, take
+from durable.engine.points import Point
+
+if TYPE_CHECKING:
+    from durable.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+async def execute(engine: Engine, hold: Hold, work: Call | Fanout) -> Hold | None:
+    """Commit a claim, then run these calls, and all that follows from them within their node. Nothing is held after."""
+    view, calls, what = hold.view, work.calls, executing(hold.view)
+    lock = ClaimLock(engine, view.run.id, engine.new_claim())
+    engine.at(Point.BEFORE_CLAIM, what)
+    taken = claimed(view, hold.now, lock.claim, calls)
+    await hold.write(taken)
+    engine.at(Point.AFTER_CLAIM, what)
+    owner = Claimed(engine, lock)
+    owner.start(taken, view, calls)
+    return await owner.drive()
+
+
+async def go_on(engine: Engine, flight: Flight) -> Hold | None:
+    """Go on with a call that was attached until now."""
+    assert flight.claim is not None
+    owner = Claimed(engine, flight.claim)
+    owner.adopt(flight)
+    return await owner.drive()
+
+
+class Claimed:
+    """The owner's side of a claim: the flights under it, and the plan that goes on while they fly."""
+
+    def __init__(self, engine: Engine, lock: ClaimLock) -> None:
+        self._engine, self._lock = engine, lock
+        self._flights: dict[str, Flight] = {}
+        self._recorders: set[asyncio.Task[None]] = set()
+        self._news = asyncio.Event()
+        self._next_due: float | None = None  # seconds until a branch falls due
+        self._over = False
+
+    def look(self) -> None:
+        """Something happened to the run: a message, a request, a takeover."""
+        self._news.set()
+
+    def start(self, taken: Transition, view: View, calls: tuple[Call, ...]) -> None:
+        """Set off the calls of a claim that has been committed."""
+        for call in calls:
+            self.adopt(Flight(self._engine, replace(view, run=taken.after), call, None, self._lock))
+
+    def adopt(self, flight: Flight) -> None:
+        self._flights[flight.call.step_id] = flight
+        recorder = asyncio.create_task(self._record(flight))
+        self._recorders.add(recorder)
+
+    async def drive(self) -> Hold | None:
+        """Go on until the claim has ended. Nothing is held then."""
+        with self._engine.owning(self._lock.run_id, self):
+            try:
+                while not self._over:
+                    await self._wait_for_news()
+                    if not self._over:
+                        await self._plan_on()
+            finally:
+                await self._land()
+        return None
+
+    async def _wait_for_news(self) -> None:
+        try:
+            async with asyncio.timeout(self._next_due):
+                await self._news.wait()
+        except TimeoutError:
+            pass
+        self._news.clear()
+        for recorder in [task for task in self._recorders if task.done()]:
+            self._recorders.discard(recorder)
+            recorder.result()  # an error of the engine's own must not be swallowed
+
+    async def _plan_on(self) -> None:
+        async with self._lock.row:
+            hold = await self._engine.take_claimed(self._lock)
+            self._over = hold is None
+            while hold is not None:
+                hold = await self._step(hold)
+
+    async def _step(self, hold: Hold) -> Hold | None:
+        view, now = hold.view, hold.now
+        if view.run.ending is not None:
+            self._interrupt("cancel")
+        if self._engine.stopping and not self._flights:
+            return await self._write(hold, go_on_by_queue(view, now))
+        match plan(view, now, self._engine.limits(), frozenset(self._flights)):
+            case Transition() as transition:
+                return await self._write(hold, transition)
+            case Call() as call if not self._engine.stopping:
+                return await self._launch(hold, (call,))
+            case Fanout(calls) if not self._engine.stopping:
+                return await self._launch(hold, calls)
+            case _:
+                self._next_due = _seconds_to_next(view, now)
+                return await hold.release()
+
+    async def _write(self, hold: Hold, transition: Transition) -> Hold | None:
+        if transition.after.claim != self._lock.claim:
+            self._over = True
+            return await hold.write(transition)
+        following = await hold.write_and_lock(transition)
+        if following is None:
+            self._news.set()  # somebody else had the row in between: look again
+        return following
+
+    async def _launch(self, hold: Hold, calls: tuple[Call, ...]) -> Hold | None:
+        view = hold.view
+        taken = claimed(view, hold.now, self._lock.claim, calls)
+        following = await self._write(hold, taken)
+        self.start(taken, view, calls)
+        return following
+
+    async def _record(self, flight: Flight) -> None:
+        """Write what the flight led to, as soon as it has ended."""
+        ended = await flight.ended()
+        self._engine.at(Point.BEFORE_OUTCOME, executing(flight.view))
+        try:
+            await self._write_outcome(flight, ended)
+        finally:
+            del self._flights[flight.call.step_id]
+            self._news.set()
+
+    async def _write_outcome(self, flight: Flight, ended: Ended) -> None:
+        if flight.hold is not None:  # it was lent a connection: the row is locked already
+            try:
+                return await self._settle(flight.hold, ended)
+            except self._engine.DATABASE_ERRORS as error:
+                ended = replace(ended, outcome=transaction_lost(flight.call, error))
+            finally:
+                self._lock.row.release()
+        async with self._lock.row:
+            async for _ in self._engine.tries():
+                hold = await self._engine.take_claimed(self._lock)
+                if hold is None:
+                    self._over = True
+                    return
+                if not _is_running(hold.view, flight.call):
+                    await hold.release()
+                    return
+                with self._engine.database_errors_only():
+                    return await self._settle(hold, ended)
+
+    async def _settle(self, hold: Hold, ended: Ended) -> None:
+        transition = settle(hold.view, ended, self._engine.limits())
+        if transition.ends:
+            await hold.read_inbox()
+            transition = settle(hold.view, ended, self._engine.limits())
+        await hold.write(transition)
+        self._over = transition.after.claim != self._lock.claim
+
+    def give_up(self) -> None:
+        """The process ends although a handler does not: wait for it no longer."""
+        self._over = True
+        for recorder in self._recorders:
+            recorder.cancel()
+        self._recorders.clear()
+        self._news.set()
+
+    def _interrupt(self, by: Literal["cancel", "shutdown"]) -> None:
+        for flight in self._flights.values():
+            flight.interrupt(by)
+
+    async def _land(self) -> None:
+        """The claim is over: what still flies is interrupted, awaited and discarded."""
+        self._over = True
+        self._interrupt("cancel")
+        await asyncio.gather(*self._recorders, return_exceptions=True)
+
+
+async def record_anew(engine: Engine, view: View, flight: Flight, error: Exception) -> Hold | None:
+    """The transaction that an attached call ran under is gone, or its COMMIT was refused or never answered.
+
+    Unless it did go through, the outcome is written in a new one, fenced by the revision: what the handler did outside
+    the database has happened. If it had been lent the connection, what it wrote is lost: a failed attempt.
+    """
+    ended = await flight.ended()
+    if flight.lent:
+        ended = replace(ended, outcome=transaction_lost(flight.call, error))
+    log.warning("run %s: writing the outcome of %r again after: %s", view.run.id, flight.call.step_id, error)
+    async for _ in engine.tries(limit=8):
+        with engine.database_errors_only():
+            hold = await take(engine, view.run.id)
+            if hold is None:
+                return None
+            if hold.view.run.revision != view.run.revision:
+                return await hold.release()
+            return await hold.write(settle(hold.view, ended, engine.limits()))
+    log.error(
+        "run %s: the outcome of %r could not be written; recovery puts the run back", view.run.id, ended.call.step_id
+    )
+    return None
+
+
+def _is_running(view: View, call: Call) -> bool:
+    """False if an uncertain COMMIT of this outcome did go through."""
+    begun = view.run.frame.get(call.step_id)
+    return begun is not None and begun.running
+
+
+def _seconds_to_next(view: View, now: datetime) -> float | None:
+    due = [begun.due for begun in view.run.frame.values() if begun.due is not None]
+    return max((min(due) - now).total_seconds(), 0.0) if due else None

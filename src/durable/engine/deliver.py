@@ -1,0 +1,55 @@
+"""The doorbell's job: something lies in a run's inbox.
+
+It is never stale and never deduplicated. On a busy row it rings again a second later, together with all others that
+found it busy: their messages are committed, and whoever locks the row next reads them all.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING
+
+from durable.core import control
+from durable.core.transition import Next
+from durable.engine.advance import burst
+from durable.engine.hold import Hold, take
+from durable.engine.points import Point
+from durable.engine.slots import Slot
+from durable.store.errors import RowBusy
+from durable.values import Status
+
+if TYPE_CHECKING:
+    from durable.engine.engine import Engine
+
+
+async def deliver(engine: Engine, run_id: uuid.UUID) -> None:
+    """Look into the inbox of a run, and take the run on if something new lies there."""
+    engine.at(Point.BEFORE_LOCK, "-")
+    async with engine.slots.one() as slot:
+        try:
+            hold = await take(engine, run_id)
+        except RowBusy:
+            return await engine.ring_later(run_id)
+        if hold is not None:
+            await _deliver(engine, hold, slot)
+
+
+async def _deliver(engine: Engine, hold: Hold, slot: Slot) -> None:
+    if not any(message.fresh for message in hold.view.inbox):
+        await hold.release()
+        return
+    if hold.view.run.claim is not None:
+        return await _tell_owner(engine, hold)
+    compensating = hold.view.run.status is Status.COMPENSATING
+    await burst(engine, hold, slot, Next.COMPENSATE if compensating else Next.ADVANCE)
+
+
+async def _tell_owner(engine: Engine, hold: Hold) -> None:
+    """A claimed run belongs to its owner: requests are applied here, everything else is the owner's to read."""
+    run_id = hold.view.run.id
+    request = control.apply_next(hold.view, hold.now)
+    if request is not None:
+        await hold.write(request)
+    else:
+        await hold.drop()  # unread: if the owner dies before it looks, recovery sees a new message
+    await engine.tell_owner(run_id)

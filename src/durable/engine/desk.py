@@ -1,0 +1,106 @@
+"""What locks and writes runs: the database, the definitions, the clock. Enough for a process that only asks things of
+runs; `engine.py` adds what executes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import ClassVar
+
+import psycopg
+from psycopg_pool import PoolTimeout
+
+from durable.core.transition import Limits, Next, Transition
+from durable.define.registry import Registry
+from durable.engine.points import Hook, nothing
+from durable.store import jobs, nudges
+from durable.store.db import Pool, Store
+from durable.store.errors import JournalConflict, RowBusy, StaleRevision
+
+log = logging.getLogger(__name__)
+
+
+def task(kind: Next) -> str:
+    """The queue's name for a continuation."""
+    return f"durable.{kind.value}"
+
+
+class Desk:
+    """Where runs are locked and transitions written, by one process, over one pool. Opened and closed by its maker."""
+
+    DATABASE_ERRORS: ClassVar[tuple[type[Exception], ...]] = (
+        psycopg.Error,
+        PoolTimeout,
+        RowBusy,
+        StaleRevision,
+        JournalConflict,
+    )
+    """What never fails a run: the transaction is run again, or recovery puts the run back."""
+
+    def __init__(
+        self, store: Store, registry: Registry, pool: Pool, *, max_crashes: int = 5, at: Hook = nothing
+    ) -> None:
+        self.store, self.registry, self.pool, self.at = store, registry, pool, at
+        self._max_crashes = max_crashes
+        self._clock: tuple[datetime, float] = (datetime.now(UTC), time.monotonic())
+
+    def limits(self) -> Limits:
+        return Limits(max_crashes=self._max_crashes, chance=random.random())  # noqa: S311 - jitter
+
+    def now(self) -> datetime:
+        """The database's time, by the last answer and what has passed since."""
+        read, at = self._clock
+        return read + timedelta(seconds=time.monotonic() - at)
+
+    def heard(self, now: datetime) -> None:
+        """The database has just told its time."""
+        self._clock = (now, time.monotonic())
+
+    def written(self, transition: Transition) -> None:
+        """A transition was committed. An engine has something to do then."""
+
+    async def enqueue(self, transition: Transition) -> None:
+        """The continuation that `transition` should have had; its run could not be locked again after it."""
+        if transition.next is not None:
+            async with self.pool.connection() as connection:
+                run = transition.after
+                await nudges.enqueue_again(self.store, connection, run.id, run.revision, task(transition.next))
+
+    async def enqueue_later(self, run_id: uuid.UUID, revision: int, kind: Next) -> None:
+        """The row is busy: look again in a second."""
+        async with self.pool.connection() as connection:
+            await nudges.enqueue_again(self.store, connection, run_id, revision, task(kind), nudges.LATER)
+
+    async def ring_later(self, run_id: uuid.UUID) -> None:
+        """The row is busy: one more ring in a second, for all doorbells that found it so."""
+        async with self.pool.connection() as connection:
+            await jobs.ring_later(self.store, connection, run_id, nudges.LATER)
+
+    async def tell_owner(self, run_id: uuid.UUID) -> None:
+        """Announce to the worker that has the claim, wherever it is, that the run's row or inbox has news."""
+        async with self.pool.connection() as connection:
+            await nudges.tell_owner(self.store, connection, run_id)
+
+    async def tries(self, limit: int | None = None) -> AsyncIterator[int]:
+        """Attempts at the database, with a growing pause between them."""
+        tried = 0
+        while limit is None or tried < limit:
+            if tried:
+                await asyncio.sleep(min(0.05 * 2 ** min(tried, 6), 2.0) * random.uniform(0.5, 1.0))  # noqa: S311
+            yield tried
+            tried += 1
+
+    @contextmanager
+    def database_errors_only(self) -> Iterator[None]:
+        """What the database refuses or loses is logged and tried again; everything else passes."""
+        try:
+            yield
+        except self.DATABASE_ERRORS as error:
+            log.warning("the database did not take it, trying again: %s: %s", type(error).__name__, error)

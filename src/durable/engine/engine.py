@@ -1,0 +1,212 @@
+"""What one process needs to execute runs: a desk, user code's caller, and who flies what.
+
+Everything that changes while it works stands here, and nothing of it is truth: the run's row is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from durable.core.state import Claim
+from durable.core.transition import Transition
+from durable.define.registry import Registry
+from durable.engine.calls import Caller
+from durable.engine.desk import Desk
+from durable.engine.hold import Hold, take
+from durable.engine.points import Hook, nothing
+from durable.engine.slots import Slots
+from durable.engine.suspects import Suspects
+from durable.store import nudges
+from durable.store.db import Store
+
+if TYPE_CHECKING:
+    from durable.engine.claims import Claimed
+    from durable.engine.flight import ClaimLock, Flight
+
+log = logging.getLogger(__name__)
+
+LOCK_TIMEOUT_MS: Final = 1_000
+"""How long a job waits for a run's row."""
+ALARM_HORIZON: Final = timedelta(seconds=5)
+"""Timers that fall due sooner get an alarm in this process; the others are found by the timer loop's look at the table."""
+IDLE_IN_TRANSACTION_MS: Final = 60_000
+"""A little above what a handler may do while it holds the row: after that its host has vanished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an engine executes. Times are in seconds."""
+
+    concurrency: int = 20
+    pool_size: int = 10
+    detach_after: float = 2.0
+    max_crashes: int = 5
+    burst_steps: int = 32
+    burst_seconds: float = 0.25
+
+
+class Engine(Desk):
+    """Executes runs in this process. To be made, used and closed on one event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        options: Options,
+        *,
+        worker: int,
+        app: object | None = None,
+        at: Hook = nothing,
+    ) -> None:
+        pool = store.open_pool(
+            options.pool_size,
+            application_name=f"durable worker {worker}",
+            lock_timeout_ms=LOCK_TIMEOUT_MS,
+            idle_in_transaction_ms=IDLE_IN_TRANSACTION_MS,
+        )
+        super().__init__(store, registry, pool, max_crashes=options.max_crashes, at=at)
+        self.options, self.worker = options, worker
+        self.caller = Caller(max_threads=options.concurrency, app=app)
+        self.slots = Slots(max(1, options.pool_size - 2))
+        self.suspects = Suspects()
+        self.alarms: asyncio.Queue[datetime] = asyncio.Queue()
+        self.stopping = False
+        self.journaled = 0
+        self.owned: dict[uuid.UUID, Claimed] = {}
+        self._flights: dict[uuid.UUID, set[Flight]] = {}
+        self._ended: asyncio.Queue[uuid.UUID] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # ---------------------------------------------------------------- life
+
+    async def open(self) -> None:
+        await self.pool.open(wait=True, timeout=10)
+        self._background(self._notify_ended(), "notify ended")
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.caller.close()
+        await self.pool.close()
+
+    def interrupt_all(self) -> None:
+        """Shut down: end what is executing; each is handed back to the queue as it ends."""
+        self.stopping = True
+        for flights in list(self._flights.values()):
+            for flight in list(flights):
+                flight.interrupt("shutdown")
+        for claimed in self.owned.values():
+            claimed.look()
+
+    @property
+    def executing(self) -> int:
+        """How many handlers are in flight."""
+        return sum(map(len, self._flights.values()))
+
+    # ---------------------------------------------------------------- what the core takes as arguments
+
+    def new_claim(self) -> Claim:
+        return Claim(self.worker, uuid.uuid4())
+
+    # ---------------------------------------------------------------- who flies what
+
+    @contextmanager
+    def aloft(self, flight: Flight) -> Iterator[None]:
+        """Where a handler that is to be interrupted is found."""
+        flights = self._flights.setdefault(flight.view.run.id, set())
+        flights.add(flight)
+        try:
+            yield
+        finally:
+            flights.discard(flight)
+            if not flights:
+                self._flights.pop(flight.view.run.id, None)
+
+    @contextmanager
+    def owning(self, run_id: uuid.UUID, claimed: Claimed) -> Iterator[None]:
+        """Where the owner of a claim is found."""
+        self.owned[run_id] = claimed
+        try:
+            yield
+        finally:
+            if self.owned.get(run_id) is claimed:
+                del self.owned[run_id]
+
+    def look(self, run_id: uuid.UUID) -> None:
+        """Something was announced for a run: its owner reads its inbox, its handler may be ended."""
+        if (claimed := self.owned.get(run_id)) is not None:
+            claimed.look()
+        if any(flight.hold is not None for flight in self._flights.get(run_id, ())):
+            self._background(self._heed_cancel(run_id), f"heed {run_id}")
+
+    def look_at_all(self) -> None:
+        """This worker may have been taken for dead: each owner checks its claim."""
+        for claimed in self.owned.values():
+            claimed.look()
+
+    def flying(self) -> list[uuid.UUID]:
+        """The runs that this process executes."""
+        return list({*self._flights, *self.owned})
+
+    async def _heed_cancel(self, run_id: uuid.UUID) -> None:
+        """A handler that holds the row is ended if a cancel lies in the inbox; whoever settles it reads that again."""
+        async with self.pool.connection() as connection:
+            asked = await nudges.cancel_asked(self.store, connection, run_id)
+        if asked:
+            for flight in list(self._flights.get(run_id, ())):
+                flight.interrupt("cancel")
+
+    # ---------------------------------------------------------------- the database, outside a run's transaction
+
+    async def take_claimed(self, lock: ClaimLock) -> Hold | None:
+        """Lock the row of a run that this worker has a claim on; None once the claim is gone. Outlasts the database."""
+        async for _ in self.tries():
+            with self.database_errors_only():
+                return await take(self, lock.run_id, claim=lock.claim)
+        return None
+
+    async def tell_owner(self, run_id: uuid.UUID) -> None:
+        self.look(run_id)
+        await super().tell_owner(run_id)
+
+    # ---------------------------------------------------------------- after a commit
+
+    def written(self, transition: Transition) -> None:
+        """A transition was committed."""
+        if transition.ends:
+            self._ended.put_nowait(transition.after.id)
+        if transition.entries:
+            self.journaled += 1
+        wake_at = transition.after.wake_at
+        if wake_at is not None and transition.next is None and wake_at - self.now() < ALARM_HORIZON:
+            self.alarms.put_nowait(wake_at)
+
+    async def _notify_ended(self) -> None:
+        """Wake those who wait for a result, after the commit and outside of it: commits that notify are serialised."""
+        while True:
+            ids = {await self._ended.get()}
+            while not self._ended.empty():
+                ids.add(self._ended.get_nowait())
+            async for _ in self.tries(limit=3):
+                with self.database_errors_only():
+                    async with self.pool.connection() as connection:
+                        await nudges.notify_ended(self.store, connection, ids)
+                    break
+
+    def _background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)

@@ -1,0 +1,164 @@
+"""User code in flight, and the connection that it may ask for.
+
+    attached   it runs under the transaction that locked the run
+    lent       it has been given that transaction's connection: its writes commit with the journal, or not at all
+    detached   the transaction committed a claim and gave the connection back; the row is free
+    lent late  it asked for a connection after that: a second transaction, locked and fenced by the claim's token
+
+The gate keeps two of them apart: whoever detaches and whoever lends never do so at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from typing import TYPE_CHECKING, Literal
+
+from durable.core.crash import claimed
+from durable.core.settle import Ended
+from durable.core.state import Claim, Failure, View
+from durable.core.transition import Call, Failed, Interrupted, Iterated, Outcome, Succeeded, Suspended
+from durable.engine.calls import TransactionLost
+from durable.engine.hold import Hold, executing
+from durable.engine.points import Point
+from durable.engine.slots import Slot
+from durable.errors import PayloadError
+from durable.store.db import Connection
+
+if TYPE_CHECKING:
+    from durable.engine.engine import Engine
+
+UNDER_PRESSURE = 0.05  # seconds that a handler may keep its connection when others wait for one
+
+
+class Flight:
+    """One call to user code that is running. `hold` is the transaction that it runs under, if it has one."""
+
+    def __init__(
+        self, engine: Engine, view: View, call: Call, hold: Hold | None, claim: ClaimLock | None = None
+    ) -> None:
+        self._engine = engine
+        self.view, self.call, self.hold = view, call, hold
+        self.claim = claim
+        self.lent = False
+        self.started_at = hold.now if hold is not None else engine.now()
+        self._interrupted_by: Literal["cancel", "shutdown"] | None = None
+        self._cancelled = threading.Event()
+        self._gate = asyncio.Lock()
+        self.task = asyncio.create_task(self._fly(), name=f"{view.run.id} {call.step_id}")
+
+    async def ended(self) -> Ended:
+        """What it led to. Waits for it, and never abandons a running thread."""
+        outcome = await asyncio.shield(self.task)
+        now = self.hold.now if self.hold is not None else self._engine.now()
+        return Ended(self.call, outcome, self.started_at, max(now, self.started_at))
+
+    async def ends_attached(self, slot: Slot) -> bool:
+        """Wait while it may hold the row. False: it has been detached and is running still."""
+        options = self._engine.options
+        patience = min(UNDER_PRESSURE, options.detach_after)
+        if self.call.work.transactional is True or await self._ends_within(patience):
+            return await self._ends_within(None)
+        wanted = asyncio.create_task(slot.wanted())
+        try:
+            await asyncio.wait(
+                {self.task, wanted}, timeout=options.detach_after - patience, return_when="FIRST_COMPLETED"
+            )
+        finally:
+            wanted.cancel()
+        return self.task.done() or not await self._detach()
+
+    async def borrow(self) -> Connection:
+        """The connection of the transaction in which the run's row is locked; a detached step gets a second one."""
+        async with self._gate:
+            if self.hold is None:
+                assert self.claim is not None
+                self.hold = await self.claim.lock_for_good()
+            self.lent = True
+            return self.hold.connection
+
+    def interrupt(self, by: Literal["cancel", "shutdown"]) -> None:
+        """End it now if it is async; tell it by ``ctx.cancelled`` and wait for it if it runs in a thread."""
+        if not self.task.done() and self._interrupted_by is None:
+            self._interrupted_by = by
+            self._cancelled.set()
+            self.task.cancel()
+
+    async def _ends_within(self, seconds: float | None) -> bool:
+        await asyncio.wait({self.task}, timeout=seconds)
+        return self.task.done()
+
+    async def _detach(self) -> bool:
+        """Commit a claim and give the connection back, unless it was lent or the handler ended meanwhile."""
+        async with self._gate:
+            if self.lent or self.task.done():
+                await self._ends_within(None)
+                return False
+            hold, self.hold = self.hold, None
+            assert hold is not None
+            what = executing(hold.view)
+            self._engine.at(Point.BEFORE_CLAIM, what)
+            self.claim = ClaimLock(self._engine, hold.view.run.id, self._engine.new_claim())
+            taken = claimed(hold.view, hold.now, self.claim.claim, (self.call,))
+            await hold.write(taken)
+            self._engine.at(Point.AFTER_CLAIM, what)
+            return True
+
+    async def _fly(self) -> Outcome:
+        engine = self._engine
+        engine.at(Point.BEFORE_HANDLER, executing(self.view))
+        try:
+            with engine.aloft(self):
+                outcome = await engine.caller.run(self.call, self.view, self, now=engine.now, cancelled=self._cancelled)
+        except TransactionLost as lost:
+            outcome = transaction_lost(self.call, lost)
+        except asyncio.CancelledError:
+            if self._interrupted_by is None:
+                raise
+            asyncio.current_task().uncancel()  # type: ignore[union-attr]
+            outcome = Interrupted(self._interrupted_by)
+        engine.at(Point.AFTER_HANDLER, executing(self.view))
+        return self._within_limit(outcome)
+
+    def _within_limit(self, outcome: Outcome) -> Outcome:
+        match outcome:
+            case Succeeded(str() as text) | Iterated(str() as text) | Suspended(text):
+                try:
+                    self._engine.store.payloads.check(text, f"the value that step {self.call.step_id!r} returned")
+                except PayloadError as error:
+                    failure = Failure("durable.errors.PayloadError", str(error), "critical", self.call.step_id)
+                    return Failed(failure, retryable=False)
+        return outcome
+
+
+class ClaimLock:
+    """A claim, and the way to its run's row. Those who work under one claim queue here, before they take a connection."""
+
+    def __init__(self, engine: Engine, run_id: uuid.UUID, claim: Claim) -> None:
+        self._engine, self.run_id, self.claim = engine, run_id, claim
+        self.row = asyncio.Lock()
+
+    async def lock_for_good(self) -> Hold:
+        """Lock the row and keep others under this claim out until `settled`. Raises ClaimLost."""
+        await self.row.acquire()
+        try:
+            hold = await self._engine.take_claimed(self)
+        except BaseException:
+            self.row.release()
+            raise
+        if hold is None:
+            self.row.release()
+            raise ClaimLost(f"run {self.run_id} was taken over by another worker")
+        return hold
+
+
+class ClaimLost(Exception):
+    """The claim has ended or was taken over: whatever the handler still brings is discarded."""
+
+
+def transaction_lost(call: Call, error: BaseException) -> Failed:
+    """The step's own transaction is gone, and with it what the step wrote: a failed attempt."""
+    message = f"the step's transaction was lost, and with it what the step wrote: {error}"
+    failure = Failure("durable.engine.calls.TransactionLost", message, "error", call.step_id, call.attempt)
+    return Failed(failure, retryable=True)

@@ -1,0 +1,54 @@
+"""How many handlers may hold a connection while they run: the pool less two, which are left to those that end.
+
+A handler that holds its slot while others wait for one is detached early: `wanted` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class Slot:
+    """The right to hold a connection while user code runs. Given back once, by whoever comes first."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots: Slots | None = slots
+
+    async def wanted(self) -> None:
+        """Return as soon as somebody waits for a slot."""
+        if self._slots is not None:
+            await self._slots.pressure.wait()
+
+    def give_back(self) -> None:
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.free.release()
+
+
+class Slots:
+    def __init__(self, count: int) -> None:
+        self.free = asyncio.Semaphore(count)
+        self.pressure = asyncio.Event()
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[Slot]:
+        await self._acquire()
+        slot = Slot(self)
+        try:
+            yield slot
+        finally:
+            slot.give_back()
+
+    async def _acquire(self) -> None:
+        self._waiting += 1
+        if self.free.locked():
+            self.pressure.set()
+        try:
+            await self.free.acquire()
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self.pressure.clear()
