@@ -7,7 +7,7 @@ from datetime import datetime
 
 from durable.core.moves import NOT_BEGUN, move, with_step
 from durable.core.state import Begun, Failure, Message, MessageKind, View
-from durable.core.transition import Call, Limits, Transition
+from durable.core.transition import Call, Limits, Purpose, Transition
 from durable.values import Status, WaitingFor
 
 
@@ -44,12 +44,12 @@ def signal(view: View, name: str, *, until: datetime | None = None) -> Message |
 
 
 def _ready(view: View, call: Call, begun: Begun) -> Call:
-    suspended = view.journal.get(call.step_id)
+    suspended = view.journal.get(call.step_id) if begun.resume_data is not None else None
     return replace(
         call,
         attempt=begun.attempts + 1,
         crashes=begun.crashes,
-        deadline=view.run.deadline,
+        deadline=None if call.purpose is Purpose.UNDO else view.run.deadline,  # a rollback has no time limit
         snapshot=suspended.result if suspended is not None else None,
         resume_data=begun.resume_data,
         resumed=begun.resume_data is not None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from datetime import datetime
 from typing import Any
 
@@ -48,7 +49,7 @@ def _start(view: View, node: ChildWorkflow, now: datetime) -> Transition | None:
 
 
 def _await(view: View, node: ChildWorkflow, now: datetime, begun: Begun) -> Transition | None:
-    message = next((m for m in view.inbox if m.kind is MessageKind.CHILD and m.name == node.name), None)
+    message = answer(view, node.name, begun.child)
     if message is None:
         return park(view, now, WaitingFor.CHILD, name=node.name)
     return _ended(view, node, now, begun, message)
@@ -78,6 +79,12 @@ def _child_failed(node: ChildWorkflow, body: dict[str, Any], begun: Begun) -> Fa
     message = f"child workflow of {node.name!r} ({begun.child}) {how}: {why}"
     details = {"child": {"id": str(begun.child), "status": body.get("status"), "error": error or None}}
     return Failure("durable.errors.ChildFailed", message, "error", node.name, details=details)
+
+
+def answer(view: View, name: str, child: uuid.UUID | None) -> Message | None:
+    """What `child` told of its end. A child of before a retry may answer late: that is not heard."""
+    told = (m for m in view.inbox if m.kind is MessageKind.CHILD and m.name == name)
+    return next((m for m in told if json.loads(m.body or "{}").get("run") == str(child)), None)
 
 
 def _chosen(view: View, step_id: str) -> str | None:

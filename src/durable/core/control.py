@@ -12,14 +12,13 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from durable.core.finish import end
+from durable.core.finish import answer_text, end
 from durable.core.moves import move
+from durable.core.state import REQUESTS as REQUESTS
 from durable.core.state import Ending, Failure, Message, MessageKind, Run, View
 from durable.core.transition import Outgoing, Transition
 from durable.core.undo_targets import targets
 from durable.values import Status, WaitingFor
-
-REQUESTS = frozenset({MessageKind.CANCEL, MessageKind.PAUSE, MessageKind.RESUME, MessageKind.ROLLBACK})
 
 
 def apply_next(view: View, now: datetime) -> Transition | None:
@@ -93,7 +92,7 @@ def _cancel(view: View, now: datetime, reason: str | None, compensate: bool, tak
     if run.status.ended:
         return None
     if run.status is Status.COMPENSATING:
-        return _stop_rollback(view, now, reason, taken)
+        return _cancel_rollback(view, now, reason, compensate, taken)
     down = {"outgoing": _to_children(run, MessageKind.CANCEL, {"reason": reason, "compensate": compensate})}
     if not compensate or not (view.journal or run.frame):
         return end(view, now, Status.CANCELED, reason=reason, taken=taken, error=None, **down)
@@ -104,11 +103,12 @@ def _cancel(view: View, now: datetime, reason: str | None, compensate: bool, tak
     return move(view, now, Status.COMPENSATING, pausing=False, frame=children, **asked)
 
 
-def _stop_rollback(view: View, now: datetime, reason: str | None, taken: Any) -> Transition:
+def _cancel_rollback(view: View, now: datetime, reason: str | None, compensate: bool, taken: Any) -> Transition:
+    """It ends canceled: after the current compensator, unless all was to be undone."""
     ending = view.run.ending
     assert ending is not None
-    stopped = replace(ending, status=Status.CANCELED, reason=reason, stop=True)
-    return move(view, now, Status.COMPENSATING, ending=stopped, reason=reason, taken=taken)
+    canceled = replace(ending, status=Status.CANCELED, reason=reason, stop=ending.stop or not compensate)
+    return move(view, now, Status.COMPENSATING, ending=canceled, reason=reason, taken=taken)
 
 
 def _pause(view: View, now: datetime, taken: Any) -> Transition | None:
@@ -124,21 +124,22 @@ def _pause(view: View, now: datetime, taken: Any) -> Transition | None:
 def paused(view: View, now: datetime, **write: Any) -> Transition:
     """The pause takes effect: what the run waited for stays written, for its resumption."""
     run = view.run
-    waits = {"waiting_for": run.waiting_for, "waiting_name": run.waiting_name, "wake_at": run.wake_at}
-    return move(view, now, Status.PAUSED, **{**waits, "claim": None, "pausing": False, "error": run.error, **write})
+    return move(
+        view, now, Status.PAUSED, **{**_waits(run), "claim": None, "pausing": False, "error": run.error, **write}
+    )
 
 
 def _resume(view: View, now: datetime, taken: Any) -> Transition | None:
     run = view.run
     down = _to_children(run, MessageKind.RESUME, None)
     if run.pausing:
-        return move(view, now, run.status, pausing=False, taken=taken, outgoing=down)
+        kept = {**_waits(run), "pausing": False, "error": None}
+        return move(view, now, run.status, wake=True, taken=taken, outgoing=down, **kept)
     if run.status is not Status.PAUSED:
         return None
     if run.waiting_for is None:
         return move(view, now, Status.RUNNING, error=None, taken=taken, outgoing=down)
-    waits = {"waiting_for": run.waiting_for, "waiting_name": run.waiting_name, "wake_at": run.wake_at}
-    return move(view, now, Status.SUSPENDED, wake=True, taken=taken, outgoing=down, **waits)
+    return move(view, now, Status.SUSPENDED, wake=True, taken=taken, outgoing=down, **_waits(run))
 
 
 def _roll_back(view: View, now: datetime, answer_to: str, taken: Any) -> Transition | None:
@@ -148,19 +149,22 @@ def _roll_back(view: View, now: datetime, answer_to: str, taken: Any) -> Transit
         asked: dict[str, Any] = {"ending": ending, "reason": "rolled back", "finished_at": None}
         return move(view, now, Status.COMPENSATING, taken=taken, **asked)
     if run.status.ended and run.parent_id is not None:  # nothing is left to undo: the parent must hear it all the same
-        body = json.dumps({"status": run.status.value, "result": None, "error": None, "reason": run.reason})
+        body = answer_text(run, run.status, "null", None, run.reason)
         answer = Outgoing(run.parent_id, MessageKind.CHILD, answer_to, body)
         return _unchanged(view, now, taken, outgoing=(answer,))
     return None
 
 
 def _unchanged(view: View, now: datetime, taken: Any, **write: Any) -> Transition:
-    """The message is taken, the run stays as it is."""
+    """The message is taken, the run stays as it is. Others that came with it have been seen now: they are looked at."""
     run = view.run
-    kept: dict[str, Any] = {"waiting_for": run.waiting_for, "waiting_name": run.waiting_name, "wake_at": run.wake_at}
-    kept |= {"frame": run.frame, "claim": run.claim, "pausing": run.pausing}
-    done = move(view, now, run.status, taken=taken, **kept, **write)
+    others = any(message.seq not in taken for message in view.inbox)
+    done = move(view, now, run.status, wake=others, taken=taken, **_waits(run), **write)
     return replace(done, after=replace(run, revision=run.revision + 1))
+
+
+def _waits(run: Run) -> dict[str, Any]:
+    return {"waiting_for": run.waiting_for, "waiting_name": run.waiting_name, "wake_at": run.wake_at}
 
 
 def _to_children(run: Run, kind: MessageKind, body: Mapping[str, Any] | None) -> tuple[Outgoing, ...]:

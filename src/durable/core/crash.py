@@ -1,10 +1,12 @@
 """What is made of a run whose worker died, and how a worker takes a claim.
 
-A crash is charged to the steps that could have been running: those that planning would run now.
+A crash is charged to the steps that were running: of a claimed run the frame says which; of one whose row was held, it
+is what planning would run under the row's lock now.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -20,16 +22,17 @@ _BACKOFF_LIMIT = 60.0
 def died(view: View, now: datetime, limits: Limits) -> Transition | None:
     """The worker that executed this run is gone: charge the crash, let go of the claim, hand the run back. None if it
     was executing nothing of it."""
-    free = replace(view, run=replace(view.run, claim=None))
-    match plan(free, now, limits):
-        case Call() as call:
-            return _charge(free, now, (call,))
-        case Fanout(calls):
-            return _charge(free, now, calls)
-        case Transition() as transition:
-            return replace(transition, before=view.run)
-        case None:
-            return go_on(free, now) if view.run.claim is not None else None
+    if view.run.claim is not None:
+        free = replace(view, run=replace(view.run, claim=None))
+        running = [step_id for step_id, begun in view.run.frame.items() if begun.running]
+        return replace(_charge(free, now, running) if running else go_on(free, now), before=view.run)
+    match plan(view, now, limits):
+        case Call(claims_first=False, step_id=step_id):
+            return _charge(view, now, [step_id])
+        case Call() | Fanout():  # it runs by a claim only, and there was none yet
+            return go_on(view, now)
+        case decided:
+            return decided
 
 
 def claimed(view: View, now: datetime, claim: Claim, calls: tuple[Call, ...]) -> Transition:
@@ -52,22 +55,20 @@ def postponed(view: View, now: datetime, work: Call | Fanout, seconds: float) ->
     return parked
 
 
-def _charge(view: View, now: datetime, calls: tuple[Call, ...]) -> Transition:
+def _charge(view: View, now: datetime, steps: Sequence[str]) -> Transition:
     frame = dict(view.run.frame)
     records = []
-    for call in calls:
-        begun = frame.get(call.step_id, NOT_BEGUN)
-        frame[call.step_id] = charged = _after_crash(begun, now)
-        failure = Failure(
-            "durable.errors.StepInterrupted", "its worker died", "interrupted", call.step_id, call.attempt
-        )
-        record = FailedAttempt(call.step_id, call.attempt, "interrupted", failure, begun.since, now, charged.due)
+    for step_id in steps:
+        begun = frame.get(step_id, NOT_BEGUN)
+        frame[step_id] = charged = _after_crash(begun, now)
+        attempt = begun.attempts + 1
+        failure = Failure("durable.errors.StepInterrupted", "its worker died", "interrupted", step_id, attempt)
+        record = FailedAttempt(step_id, attempt, "interrupted", failure, begun.since, now, charged.due)
         records.append(record)
     attempts = tuple(records)
-    first, *others = (frame[call.step_id] for call in calls)
-    if first.due is not None and not others:
-        step_id = calls[0].step_id
-        parked = park(view, now, WaitingFor.RETRY, name=step_id, wake_at=first.due, frame=frame, attempts=attempts)
+    due = frame[steps[0]].due
+    if due is not None and len(steps) == 1:
+        parked = park(view, now, WaitingFor.RETRY, name=steps[0], wake_at=due, frame=frame, attempts=attempts)
         assert parked is not None
         return parked
     return move(view, now, _active(view), frame=frame, attempts=attempts)

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from durable.core.moves import move, without
-from durable.core.state import Ending, Entry, EntryKind, Failure, MessageKind, View
+from durable.core.state import Ending, Entry, EntryKind, Failure, MessageKind, Run, View
 from durable.core.transition import Outgoing, Transition
 from durable.core.undo_targets import targets
 from durable.define.nodes import Node
@@ -37,7 +37,7 @@ def node_done(
         **write,
     }
     passed = replace(view, journal={**view.journal, **{entry.step_id: entry for entry in entries}})
-    if _is_last(view) and not _asked(view):
+    if _is_last(view) and not asked(view):
         return complete(passed, now, **write)
     return move(view, now, Status.RUNNING, **write)
 
@@ -51,17 +51,18 @@ def complete(view: View, now: datetime, **write: Any) -> Transition:
 def fail(view: View, now: datetime, failure: Failure, **write: Any) -> Transition:
     """The run fails: roll back first if there is anything to undo, else at once.
 
-    Children that still run are told to cancel, with their own rollback.
+    Children that still run are told to cancel, with their own rollback, and are awaited: one that was faster than that
+    has to be undone. If a cancel waits for the handlers to end, a failure of theirs does not make it a failed run.
     """
     run = view.run
     ended = {entry.step_id for entry in write.get("entries", ())}
     children = {s: begun for s, begun in run.frame.items() if begun.child is not None and s not in ended}
     stop = [_cancel(begun.child, "its parent failed", compensate=True) for begun in children.values()]
-    write = {"claim": None, "pausing": False, "error": failure, **write}
-    if targets(view):
-        ending = Ending(Status.FAILED, failure)
-        return move(view, now, Status.COMPENSATING, ending=ending, **{**_sending(write, stop), "frame": children})
-    return end(view, now, Status.FAILED, **_sending(write, stop))
+    ending = run.ending or Ending(Status.FAILED, failure)
+    write = {"claim": None, "pausing": False, "error": ending.error, **_sending(write, stop)}
+    if targets(view) or children:
+        return move(view, now, Status.COMPENSATING, ending=ending, **{**write, "frame": children})
+    return end(view, now, ending.status, **write)
 
 
 def end(view: View, now: datetime, status: Status, **write: Any) -> Transition:
@@ -100,10 +101,10 @@ def _is_last(view: View) -> bool:
     return view.run.current_step + 1 == len(view.workflow.nodes) and view.workflow.result is None
 
 
-def _asked(view: View) -> bool:
+def asked(view: View) -> bool:
     """Whether somebody asked for a pause or a cancel meanwhile: then the run must not complete over it."""
-    asked = any(m.kind in (MessageKind.PAUSE, MessageKind.CANCEL) for m in view.inbox)
-    return asked or view.run.pausing or view.run.ending is not None
+    unread = any(m.kind in (MessageKind.PAUSE, MessageKind.CANCEL) for m in view.inbox)
+    return unread or view.run.pausing or view.run.ending is not None
 
 
 def _answer(
@@ -114,9 +115,13 @@ def _answer(
     if run.parent_id is None or run.parent_step is None:
         return []
     name = run.ending.answer_to if run.ending and run.ending.answer_to else run.parent_step
+    return [Outgoing(run.parent_id, MessageKind.CHILD, name, answer_text(run, status, result, error, reason))]
+
+
+def answer_text(run: Run, status: Status, result: JsonText, error: Failure | None, reason: str | None) -> JsonText:
+    """What a parent is told of its child's end. It says which run that is: a retried parent has a new child."""
     about = json.dumps({"error": failure_json(error), "reason": reason}, ensure_ascii=False)[1:-1]
-    body = f'{{"status":"{status.value}","result":{result},{about}}}'
-    return [Outgoing(run.parent_id, MessageKind.CHILD, name, body)]
+    return f'{{"run":"{run.id}","status":"{status.value}","result":{result},{about}}}'
 
 
 def _cancel(child: Any, reason: str, *, compensate: bool) -> Outgoing:

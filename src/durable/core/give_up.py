@@ -87,7 +87,9 @@ def entry_of(
         and call.step_id != node.name
         and call.purpose in (Purpose.BRANCH, Purpose.ITERATION, Purpose.CHOICE)
     )
-    entry = Entry(call.step_id, _KINDS[call.purpose], status, attempt=call.attempt, finished_at=now, **fields)
+    own = node is not None and call.step_id == node.name  # also of a wait whose name or time is computed
+    kind = EntryKind(node.kind) if node is not None and own else _KINDS[call.purpose]
+    entry = Entry(call.step_id, kind, status, attempt=begun.attempts + 1, finished_at=now, **fields)
     return replace(entry, started_at=started_at or begun.since or now, parent=node.name if nested and node else None)
 
 

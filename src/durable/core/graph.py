@@ -57,9 +57,10 @@ def plan(view: View, now: datetime, limits: Limits, running: frozenset[str] = NO
 def _forward(view: View, now: datetime, limits: Limits, running: frozenset[str]) -> Decision:
     run, workflow = view.run, view.workflow
     if workflow is None:
-        return park(view, now, WaitingFor.DEFINITION, name=f"{run.workflow}@{run.version}")
+        return park(view, now, WaitingFor.DEFINITION, name=f"{run.workflow}@{run.version}", mind_deadline=False)
     if (difference := divergence(view)) is not None:
-        return park(view, now, WaitingFor.PERSON, name=difference.type.rpartition(".")[2], error=difference)
+        name = difference.type.rpartition(".")[2]
+        return park(view, now, WaitingFor.PERSON, name=name, error=difference, mind_deadline=False)
     if run.deadline is not None and run.deadline <= now:
         return None if running else fail(view, now, _out_of_time(view))
     if run.current_step == len(workflow.nodes):
@@ -202,7 +203,7 @@ def divergence(view: View) -> Failure | None:
     if expected == found and len(passed) == view.run.current_step:
         return None
     message = (
-        f"workflow {view.run.workflow!r} version {view.run.version!r}: the run has passed {_listed(found)}, but the code "
+        f"workflow {view.run.workflow!r} {view.run.version!r}: the run has passed {_listed(found)}, but the code "
         f"now begins with {_listed(expected)}. Deploy the old definition again or cancel the run, then `retry` it; a "
         f"changed workflow needs a new version."
     )

@@ -1,17 +1,18 @@
 """How transitions are made: every one of them here, so that what must hold of all holds in one place.
 
 A transition raises the revision by one. A run that ends lets go of claim, frame and waits. A run that stays runnable
-and unclaimed has a continuation enqueued with the same write; one that parks, ends or is claimed has none.
+and unclaimed has a continuation enqueued with the same write; one that parks, ends or is claimed has none, but for what
+has been asked of it and not been done yet: the write marks all messages as seen, and no doorbell rings for those again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from durable.core.state import Begun, Run, View
+from durable.core.state import REQUESTS, Begun, MessageKind, Run, View
 from durable.core.transition import Next, Transition
 from durable.values import Status, WaitingFor
 
@@ -26,13 +27,15 @@ def move(view: View, now: datetime, status: Status, *, wake: bool = False, **wri
     before = view.run
     beside = {name: write.pop(name) for name in _BESIDE & write.keys()}
     unparked: dict[str, Any] = {"waiting_for": None, "waiting_name": None, "wake_at": None}
-    healthy: dict[str, Any] = {"error": None} if status in _HEALTHY else {}
+    healthy: dict[str, Any] = {"error": None} if status in _HEALTHY and not before.pausing else {}
     after = replace(before, **{**unparked, **healthy, **write, "status": status, "revision": before.revision + 1})
     if status.ended:
         after = replace(after, finished_at=now, frame={}, claim=None, pausing=False, **unparked)
     if before.started_at is None and status not in _NOT_STARTED:
         after = replace(after, started_at=now)
-    return Transition(before, after, next=_next(after, wake=wake), **beside)
+    wake = wake or (status is Status.SUSPENDED and (after.pausing or after.ending is not None))
+    asked = _asks_more(view, after, beside.get("taken") or {})
+    return Transition(before, after, next=_next(after, wake=wake, asked=asked), **beside)
 
 
 def park(
@@ -42,15 +45,18 @@ def park(
     *,
     name: str | None = None,
     wake_at: datetime | None = None,
+    mind_deadline: bool = True,
     **write: Any,
 ) -> Transition | None:
     """Leave the run waiting, with no job, no process, no connection; None if it waits for just that already.
 
-    It is woken at `wake_at`, at its deadline, or by a message, whichever comes first.
+    It is woken at `wake_at`, at its deadline, or by a message, whichever comes first. Where the deadline could not act,
+    `mind_deadline` is False: or the run would be due for ever. A pause or cancel that was asked for acts at once.
     """
     run = view.run
     status = Status.COMPENSATING if run.status is Status.COMPENSATING else Status.SUSPENDED
-    limits = [t for t in (wake_at, run.deadline if status is Status.SUSPENDED else None) if t is not None]
+    deadline = run.deadline if status is Status.SUSPENDED and mind_deadline else None
+    limits = [time for time in (wake_at, deadline) if time is not None]
     write = {
         "claim": None,
         "waiting_for": waiting_for,
@@ -73,12 +79,20 @@ def without(run: Run, *step_ids: str) -> Mapping[str, Begun]:
     return {step_id: begun for step_id, begun in run.frame.items() if step_id not in step_ids}
 
 
-def _next(after: Run, *, wake: bool) -> Next | None:
-    if after.status.ended or after.status is Status.PAUSED or after.claim is not None:
+def _next(after: Run, *, wake: bool, asked: bool) -> Next | None:
+    if after.claim is not None:
         return None
-    if after.waiting_for is not None and not wake:
+    rests = after.status.ended or after.status is Status.PAUSED or (after.waiting_for is not None and not wake)
+    if rests and not asked:
         return None
-    return Next.COMPENSATE if after.status is Status.COMPENSATING else Next.ADVANCE
+    return Next.of(after.status)
+
+
+def _asks_more(view: View, after: Run, taken: Collection[int]) -> bool:
+    """Whether the inbox holds a request, beside those taken now, that may still act on the run."""
+    act = frozenset({MessageKind.ROLLBACK}) if after.status is Status.COMPLETED else REQUESTS
+    may_act = not after.status.ended or after.status is Status.COMPLETED
+    return may_act and any(m.kind in act and m.seq not in taken for m in view.inbox)
 
 
 _BESIDE = frozenset(Transition.__dataclass_fields__) - {"before", "after", "next"}

@@ -8,11 +8,12 @@ from datetime import datetime, timedelta
 from typing import Any, assert_never
 
 from durable.core import undo
-from durable.core.finish import complete, node_done
+from durable.core.attempt import signal
+from durable.core.finish import asked, complete, node_done
 from durable.core.give_up import current_node, entry_of, step_failed
 from durable.core.loops import iterations, loop_result
 from durable.core.moves import NOT_BEGUN, move, park, with_step, without
-from durable.core.state import Entry, EntryKind, Failure, View
+from durable.core.state import Begun, Entry, EntryKind, Failure, View
 from durable.core.transition import (
     Call,
     Failed,
@@ -20,6 +21,7 @@ from durable.core.transition import (
     Interrupted,
     Iterated,
     Limits,
+    Next,
     Outcome,
     Purpose,
     Succeeded,
@@ -72,6 +74,9 @@ def _succeeded(view: View, ended: Ended, value: str) -> Transition:
             return _chosen(view, ended, value)
         case Purpose.RESULT:
             entry = _entry(view, ended, value)
+            if asked(view):  # it completes when that has been done
+                frame = without(view.run, entry.step_id)
+                return move(view, now, Status.RUNNING, entries=(entry,), frame=frame, claim=None)
             passed = replace(view, journal={**view.journal, entry.step_id: entry})
             return complete(passed, now, entries=(entry,))
         case Purpose.UNDO:
@@ -102,20 +107,11 @@ def _chosen(view: View, ended: Ended, value: str) -> Transition:
             frame = without(view.run, entry.step_id)
             return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=frame, claim=None)
         case Sleep(until=Work() as work):
-            return _sleep_chosen(view, ended, node, work, value)
+            return _must(begin_sleep(view, node, ended.now, work.result.load(value)))
         case WaitForSignal():
             return _must(begin_wait(view, node, ended.now, json.loads(value)))
         case _:
             raise AssertionError(f"{node} computes nothing")
-
-
-def _sleep_chosen(view: View, ended: Ended, node: Sleep, work: Work, value: str) -> Transition:
-    until = work.result.load(value)
-    if isinstance(until, datetime) and until.tzinfo is None:
-        message = f"{node.name!r}: the time {until} has no time zone; return an aware datetime"
-        naive = Failure("durable.errors.PayloadError", message, "critical", node.name)
-        return step_failed(view, ended.now, ended.call, naive, started_at=ended.started_at)
-    return _must(begin_sleep(view, node, ended.now, until))
 
 
 def _unknown_branch(node: Route, value: str) -> Failure | None:
@@ -168,7 +164,10 @@ def _suspended(view: View, ended: Ended, snapshot: str) -> Transition:
     frame = with_step(run, call.step_id, waits)
     if _is_branch(view, call):
         return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=frame)
-    return _must(park(view, ended.now, WaitingFor.RESUME, name=call.step_id, frame=frame, entries=(entry,)))
+    parked = _must(park(view, ended.now, WaitingFor.RESUME, name=call.step_id, frame=frame, entries=(entry,)))
+    if signal(view, call.step_id) is not None:  # its answer was there before the question
+        return replace(parked, next=Next.of(parked.after.status))
+    return parked
 
 
 def _failed(view: View, ended: Ended, failed: Failed, limits: Limits) -> Transition:
@@ -200,24 +199,29 @@ def _try_again(view: View, ended: Ended, failure: Failure, delay: float) -> Tran
 
 
 def _pause_exhausted(view: View, ended: Ended, failure: Failure) -> Transition:
-    """Out of attempts, and to be looked at by a person: resume() gives it fresh ones."""
+    """Out of attempts, and to be looked at by a person: resume() gives it fresh ones, with what it had been resumed with
+    if it had suspended."""
     call = ended.call
     record = FailedAttempt(call.step_id, call.attempt, "failed", failure, ended.started_at, ended.now)
-    frame = without(view.run, call.step_id)
+    begun = view.run.frame.get(call.step_id, NOT_BEGUN)
+    fresh = Begun(since=begun.since or ended.started_at, resume_data=begun.resume_data)
+    frame = with_step(view.run, call.step_id, fresh)
     claim = view.run.claim if _is_branch(view, call) else None
-    asked: dict[str, Any] = {"pausing": True, "error": failure, "claim": claim}
-    return move(view, ended.now, Status.RUNNING, frame=frame, attempts=(record,), **asked)
+    pause: dict[str, Any] = {"pausing": True, "error": failure, "claim": claim}
+    return move(view, ended.now, Status.RUNNING, frame=frame, attempts=(record,), **pause)
 
 
 def _interrupted(view: View, ended: Ended, by: str) -> Transition:
-    """Ended from outside, not counted: the next attempt has the same number."""
+    """Ended from outside, not counted: the next attempt has the same number. There is none of an `at_most_once` step."""
     call, run = ended.call, view.run
     failure = Failure(
         "durable.errors.StepInterrupted", f"interrupted by {by}", "interrupted", call.step_id, call.attempt
     )
     record = FailedAttempt(call.step_id, call.attempt, "interrupted", failure, ended.started_at, ended.now)
     begun = run.frame.get(call.step_id)
-    frame = with_step(run, call.step_id, replace(begun, running=False)) if begun is not None else run.frame
+    if begun is not None:
+        begun = replace(begun, running=False, crashes=begun.crashes + call.work.at_most_once)
+    frame = with_step(run, call.step_id, begun) if begun is not None else run.frame
     claim = run.claim if _is_branch(view, call) else None
     status = Status.COMPENSATING if run.status is Status.COMPENSATING else Status.RUNNING
     return move(view, ended.now, status, frame=frame, claim=claim, attempts=(record,))
@@ -229,7 +233,8 @@ def _is_branch(view: View, call: Call) -> bool:
 
 def _target(view: View, call: Call) -> Target:
     target = undo.next_target(view)
-    assert target is not None and target.undo_id == call.step_id
+    assert target is not None
+    assert target.undo_id == call.step_id
     return target
 
 

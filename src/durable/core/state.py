@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from durable.define.nodes import Workflow
 from durable.define.registry import Registry
@@ -105,6 +105,10 @@ class MessageKind(StrEnum):
     RESUME = "resume"  # the other half of pause
     ROLLBACK = "rollback"  # from a parent to its completed child; name: the step to answer to
     CHILD = "child"  # a child's end; name: the parent's step id; body: {"status", "result" | "error"}
+
+
+REQUESTS: Final = frozenset({MessageKind.CANCEL, MessageKind.PAUSE, MessageKind.RESUME, MessageKind.ROLLBACK})
+"""What is asked of the run itself, whatever it waits for."""
 
 
 @dataclass(frozen=True, slots=True)

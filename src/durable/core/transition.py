@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from durable.core.state import Entry, Failure, MessageKind, Run
 from durable.define.nodes import Loop, Work
-from durable.values import JsonText
+from durable.values import JsonText, Status
 
 
 class Purpose(StrEnum):
@@ -161,6 +161,11 @@ class Next(StrEnum):
 
     ADVANCE = "advance"
     COMPENSATE = "compensate"
+
+    @classmethod
+    def of(cls, status: Status) -> Next:
+        """What takes a run in this status further."""
+        return cls.COMPENSATE if status is Status.COMPENSATING else cls.ADVANCE
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from durable.core.attempt import Waits, attempt
+from durable.core.children import answer
 from durable.core.control import ending_failure
 from durable.core.finish import end
+from durable.core.loops import next_item
 from durable.core.moves import move, park, with_step, without
 from durable.core.state import Begun, Entry, EntryKind, Failure, Message, MessageKind, View
 from durable.core.transition import Call, Decision, Limits, Outgoing, Purpose, Transition
-from durable.core.undo_targets import Target, targets
+from durable.core.undo_targets import Target, is_target, targets
 from durable.values import Status, WaitingFor
 
 
@@ -66,6 +69,10 @@ def _undo(view: View, now: datetime, target: Target, limits: Limits) -> Decision
     assert target.work is not None
     entry = target.entry
     call = Call(target.undo_id, Purpose.UNDO, target.work, output=entry.result, undoes=entry.step_id)
+    iteration = (entry.extra or {}).get("iteration")
+    if iteration is not None:
+        before = view.journal.get(f"{entry.parent}[{iteration - 1}]")
+        call = replace(call, iteration=iteration, item=next_item(before))
     state = attempt(view, now, limits, call)
     match state:
         case Waits(begun):
@@ -84,10 +91,10 @@ def _undo_child(view: View, now: datetime, target: Target) -> Transition | None:
         ask = Outgoing(child, MessageKind.ROLLBACK, target.undo_id, id=target.undo_id)
         frame = with_step(view.run, target.undo_id, Begun(waits=WaitingFor.ROLLBACK, since=now))
         return park(view, now, WaitingFor.ROLLBACK, name=target.undo_id, frame=frame, outgoing=(ask,))
-    answer = _answer(view, target.undo_id)
-    if answer is None:
+    told = answer(view, target.undo_id, uuid.UUID(extra["child"]))
+    if told is None:
         return park(view, now, WaitingFor.ROLLBACK, name=target.undo_id)
-    return undone(view, now, target, _left_behind(answer), taken={answer.seq: target.undo_id})
+    return undone(view, now, target, _left_behind(told), taken={told.seq: target.undo_id})
 
 
 def _left_behind(answer: Message) -> Failure | None:
@@ -105,21 +112,16 @@ def _open_child(view: View) -> str | None:
 
 
 def _await_child(view: View, now: datetime, step_id: str) -> Transition | None:
-    answer = _answer(view, step_id)
-    if answer is None:
-        return park(view, now, WaitingFor.ROLLBACK, name=step_id)
     begun = view.run.frame[step_id]
-    body = json.loads(answer.body or "{}")
-    entries: tuple[Entry, ...] = ()
-    if body.get("status") == Status.COMPLETED:  # it was faster than our cancel: it is undone like any finished step
-        result = json.dumps(body.get("result"), ensure_ascii=False)
-        extra = {"child": str(begun.child)}
-        entries = (
-            Entry(step_id, EntryKind.CHILD, "completed", result, started_at=begun.since, finished_at=now, extra=extra),
-        )
-    taken = {answer.seq: step_id}
-    return move(view, now, Status.COMPENSATING, frame=without(view.run, step_id), entries=entries, taken=taken)
-
-
-def _answer(view: View, name: str) -> Message | None:
-    return next((m for m in view.inbox if m.kind is MessageKind.CHILD and m.name == name), None)
+    told = answer(view, step_id, begun.child)
+    if told is None:
+        return park(view, now, WaitingFor.ROLLBACK, name=step_id)
+    body = json.loads(told.body or "{}")
+    result = json.dumps(body.get("result"), ensure_ascii=False)
+    extra = {"child": str(begun.child)}
+    ended = Entry(step_id, EntryKind.CHILD, "completed", result, started_at=begun.since, finished_at=now, extra=extra)
+    # It was faster than our cancel: it is undone like any finished step. One that needs no undoing is not journaled: the
+    # cursor has not passed it, and a retried run starts it anew.
+    late = body.get("status") == Status.COMPLETED and is_target(view, ended)
+    frame, taken = without(view.run, step_id), {told.seq: step_id}
+    return move(view, now, Status.COMPENSATING, frame=frame, entries=(ended,) if late else (), taken=taken)

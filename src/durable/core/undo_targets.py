@@ -30,6 +30,12 @@ def targets(view: View) -> list[Target]:
     return [t for t in found if t is not None and t.undo_id not in view.journal]
 
 
+def is_target(view: View, entry: Entry) -> bool:
+    """Whether a rollback has to undo `entry`."""
+    nodes = view.workflow.nodes if view.workflow is not None else ()
+    return _target({node.name: node for node in nodes}, entry) is not None
+
+
 def passed_kinds(workflow: Workflow, count: int) -> list[tuple[str, str]]:
     """The fingerprint of the first `count` nodes: name and kind."""
     return [(node.name, node.kind) for node in workflow.nodes[:count]]

@@ -48,7 +48,7 @@ async def continue_run(engine: Engine, run_id: uuid.UUID, revision: int, kind: N
         if hold is None:
             return
         if hold.view.run.revision != revision or hold.view.run.claim is not None:
-            await hold.release()
+            await hold.drop()  # not planned: what is new in the inbox stays new
             return
         await burst(engine, hold, slot, kind)
 
@@ -86,6 +86,8 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
         slot.give_back()
         return await claims.go_on(engine, flight)
     ended = await flight.ended()
+    if flight.lost is not None:
+        return await claims.record_anew(engine, hold.view, flight, flight.lost)
     try:
         transition = settle(hold.view, ended, engine.limits())
         if transition.ends:  # a pause or cancel that came during the last step must not be overlooked

@@ -74,7 +74,7 @@ class Caller:
         max_threads: int,
         app: object | None = None,
         lent_limit: float = LENT_LIMIT,
-        check: Callable[[JsonText, str], None] | None = None,
+        check: Callable[[JsonText, str], object] | None = None,
     ) -> None:
         self.threads = Threads(max_threads)
         self.engines = Engines()

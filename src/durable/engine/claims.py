@@ -18,8 +18,8 @@ from durable.core.graph import go_on as go_on_by_queue
 from durable.core.graph import plan
 from durable.core.settle import Ended, settle
 from durable.core.state import View
-from durable.core.transition import Call, Fanout, Transition
-from durable.engine.flight import ClaimLock, Flight, transaction_lost
+from durable.core.transition import Call, Fanout, Next, Transition
+from durable.engine.flight import ClaimLock, ClaimLost, Flight, transaction_lost
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
 
@@ -33,21 +33,23 @@ async def execute(engine: Engine, hold: Hold, work: Call | Fanout) -> Hold | Non
     """Commit a claim, then run these calls, and all that follows from them within their node. Nothing is held after."""
     view, calls, what = hold.view, work.calls, executing(hold.view)
     lock = ClaimLock(engine, view.run.id, engine.new_claim())
-    engine.at(Point.BEFORE_CLAIM, what)
-    taken = claimed(view, hold.now, lock.claim, calls)
-    await hold.write(taken)
-    engine.at(Point.AFTER_CLAIM, what)
     owner = Claimed(engine, lock)
-    owner.start(taken, view, calls)
-    return await owner.drive()
+    with engine.owning(view.run.id, owner):  # before it is committed: a claim without an owner is a crash
+        engine.at(Point.BEFORE_CLAIM, what)
+        taken = claimed(view, hold.now, lock.claim, calls)
+        await hold.write(taken)
+        engine.at(Point.AFTER_CLAIM, what)
+        owner.start(taken, view, calls)
+        return await owner.drive()
 
 
 async def go_on(engine: Engine, flight: Flight) -> Hold | None:
     """Go on with a call that was attached until now."""
     assert flight.claim is not None
     owner = Claimed(engine, flight.claim)
-    owner.adopt(flight)
-    return await owner.drive()
+    with engine.owning(flight.view.run.id, owner):
+        owner.adopt(flight)
+        return await owner.drive()
 
 
 class Claimed:
@@ -77,14 +79,13 @@ class Claimed:
 
     async def drive(self) -> Hold | None:
         """Go on until the claim has ended. Nothing is held then."""
-        with self._engine.owning(self._lock.run_id, self):
-            try:
-                while not self._over:
-                    await self._wait_for_news()
-                    if not self._over:
-                        await self._plan_on()
-            finally:
-                await self._land()
+        try:
+            while not self._over:
+                await self._wait_for_news()
+                if not self._over:
+                    await self._plan_on()
+        finally:
+            await self._land()
         return None
 
     async def _wait_for_news(self) -> None:
@@ -100,10 +101,13 @@ class Claimed:
 
     async def _plan_on(self) -> None:
         async with self._lock.row:
-            hold = await self._engine.take_claimed(self._lock)
-            self._over = hold is None
-            while hold is not None:
-                hold = await self._step(hold)
+            with self._engine.database_errors_only():
+                hold = await self._engine.take_claimed(self._lock)
+                self._over = hold is None
+                while hold is not None:
+                    hold = await self._step(hold)
+                return
+            self._news.set()  # look again
 
     async def _step(self, hold: Hold) -> Hold | None:
         view, now = hold.view, hold.now
@@ -140,10 +144,13 @@ class Claimed:
 
     async def _record(self, flight: Flight) -> None:
         """Write what the flight led to, as soon as it has ended."""
-        ended = await flight.ended()
-        self._engine.at(Point.BEFORE_OUTCOME, executing(flight.view))
         try:
+            ended = await flight.ended()
+            self._engine.at(Point.BEFORE_OUTCOME, executing(flight.view))
             await self._write_outcome(flight, ended)
+        except ClaimLost as error:
+            log.warning("%s: what its handler did is discarded", error)
+            self._over = True
         finally:
             del self._flights[flight.call.step_id]
             self._news.set()
@@ -151,7 +158,8 @@ class Claimed:
     async def _write_outcome(self, flight: Flight, ended: Ended) -> None:
         if flight.hold is not None:  # it was lent a connection: the row is locked already
             try:
-                return await self._settle(flight.hold, ended)
+                if flight.lost is None:
+                    return await self._settle(flight.hold, ended)
             except self._engine.DATABASE_ERRORS as error:
                 ended = replace(ended, outcome=transaction_lost(flight.call, error))
             finally:
@@ -163,7 +171,7 @@ class Claimed:
                     self._over = True
                     return
                 if not _is_running(hold.view, flight.call):
-                    await hold.release()
+                    await hold.drop()
                     return
                 with self._engine.database_errors_only():
                     return await self._settle(hold, ended)
@@ -173,8 +181,10 @@ class Claimed:
         if transition.ends:
             await hold.read_inbox()
             transition = settle(hold.view, ended, self._engine.limits())
-        await hold.write(transition)
-        self._over = transition.after.claim != self._lock.claim
+        if transition.next is None and _parks(transition) and any(message.fresh for message in hold.view.inbox):
+            transition = replace(transition, next=Next.of(transition.after.status))  # nobody has planned with these yet
+        await hold.write(transition, planned=False)
+        self._over = self._over or transition.after.claim != self._lock.claim
 
     def give_up(self) -> None:
         """The process ends although a handler does not: wait for it no longer."""
@@ -202,7 +212,7 @@ async def record_anew(engine: Engine, view: View, flight: Flight, error: Excepti
     the database has happened. If it had been lent the connection, what it wrote is lost: a failed attempt.
     """
     ended = await flight.ended()
-    if flight.lent:
+    if flight.lent and flight.lost is None:
         ended = replace(ended, outcome=transaction_lost(flight.call, error))
     log.warning("run %s: writing the outcome of %r again after: %s", view.run.id, flight.call.step_id, error)
     async for _ in engine.tries(limit=8):
@@ -211,12 +221,17 @@ async def record_anew(engine: Engine, view: View, flight: Flight, error: Excepti
             if hold is None:
                 return None
             if hold.view.run.revision != view.run.revision:
-                return await hold.release()
-            return await hold.write(settle(hold.view, ended, engine.limits()))
+                await hold.drop()
+                return None
+            return await hold.write(settle(hold.view, ended, engine.limits()), planned=False)
     log.error(
         "run %s: the outcome of %r could not be written; recovery puts the run back", view.run.id, ended.call.step_id
     )
     return None
+
+
+def _parks(transition: Transition) -> bool:
+    return transition.after.claim is None and transition.after.waiting_for is not None
 
 
 def _is_running(view: View, call: Call) -> bool:

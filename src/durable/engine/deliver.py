@@ -36,7 +36,7 @@ async def deliver(engine: Engine, run_id: uuid.UUID) -> None:
 
 async def _deliver(engine: Engine, hold: Hold, slot: Slot) -> None:
     if not any(message.fresh for message in hold.view.inbox):
-        await hold.release()
+        await hold.drop()
         return
     if hold.view.run.claim is not None:
         return await _tell_owner(engine, hold)

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 LOCK_TIMEOUT_MS: Final = 1_000
 """How long a job waits for a run's row."""
 ALARM_HORIZON: Final = timedelta(seconds=5)
-"""Timers that fall due sooner get an alarm in this process; the others are found by the timer loop's look at the table."""
+"""Timers that fall due sooner get an alarm in this process; the timer loop finds the others in the table."""
 IDLE_IN_TRANSACTION_MS: Final = 60_000
 """A little above what a handler may do while it holds the row: after that its host has vanished."""
 
@@ -73,7 +73,7 @@ class Engine(Desk):
         )
         super().__init__(store, registry, pool, max_crashes=options.max_crashes, at=at)
         self.options, self.worker = options, worker
-        self.caller = Caller(max_threads=options.concurrency, app=app)
+        self.caller = Caller(max_threads=options.concurrency, app=app, check=store.payloads.check)
         self.slots = Slots(max(1, options.pool_size - 2))
         self.suspects = Suspects()
         self.alarms: asyncio.Queue[datetime] = asyncio.Queue()

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Literal
 from durable.core.crash import claimed
 from durable.core.settle import Ended
 from durable.core.state import Claim, Failure, View
-from durable.core.transition import Call, Failed, Interrupted, Iterated, Outcome, Succeeded, Suspended
+from durable.core.transition import Call, Failed, Interrupted, Outcome
 from durable.engine.calls import TransactionLost
 from durable.engine.hold import Hold, executing
 from durable.engine.points import Point
 from durable.engine.slots import Slot
-from durable.errors import PayloadError
 from durable.store.db import Connection
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ class Flight:
         self.view, self.call, self.hold = view, call, hold
         self.claim = claim
         self.lent = False
+        self.lost: TransactionLost | None = None
         self.started_at = hold.now if hold is not None else engine.now()
         self._interrupted_by: Literal["cancel", "shutdown"] | None = None
         self._cancelled = threading.Event()
@@ -75,7 +75,7 @@ class Flight:
             if self.hold is None:
                 assert self.claim is not None
                 self.hold = await self.claim.lock_for_good()
-            self.lent = True
+            self.lent = self.hold.lent = True
             return self.hold.connection
 
     def interrupt(self, by: Literal["cancel", "shutdown"]) -> None:
@@ -101,7 +101,8 @@ class Flight:
             self._engine.at(Point.BEFORE_CLAIM, what)
             self.claim = ClaimLock(self._engine, hold.view.run.id, self._engine.new_claim())
             taken = claimed(hold.view, hold.now, self.claim.claim, (self.call,))
-            await hold.write(taken)
+            with self._engine.database_errors_only():  # whether it was committed shows when the outcome is written
+                await hold.write(taken)
             self._engine.at(Point.AFTER_CLAIM, what)
             return True
 
@@ -112,28 +113,21 @@ class Flight:
             with engine.aloft(self):
                 outcome = await engine.caller.run(self.call, self.view, self, now=engine.now, cancelled=self._cancelled)
         except TransactionLost as lost:
-            outcome = transaction_lost(self.call, lost)
+            outcome = lost.outcome if isinstance(lost.outcome, Failed) else transaction_lost(self.call, lost)
+            self.lost = lost
+            if self.hold is not None:
+                await self.hold.discard()
         except asyncio.CancelledError:
             if self._interrupted_by is None:
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
             outcome = Interrupted(self._interrupted_by)
         engine.at(Point.AFTER_HANDLER, executing(self.view))
-        return self._within_limit(outcome)
-
-    def _within_limit(self, outcome: Outcome) -> Outcome:
-        match outcome:
-            case Succeeded(str() as text) | Iterated(str() as text) | Suspended(text):
-                try:
-                    self._engine.store.payloads.check(text, f"the value that step {self.call.step_id!r} returned")
-                except PayloadError as error:
-                    failure = Failure("durable.errors.PayloadError", str(error), "critical", self.call.step_id)
-                    return Failed(failure, retryable=False)
         return outcome
 
 
 class ClaimLock:
-    """A claim, and the way to its run's row. Those who work under one claim queue here, before they take a connection."""
+    """A claim, and the way to its run's row: those who work under it queue here, before they take a connection."""
 
     def __init__(self, engine: Engine, run_id: uuid.UUID, claim: Claim) -> None:
         self._engine, self.run_id, self.claim = engine, run_id, claim

@@ -8,30 +8,41 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from durable.core.state import Claim, Entry, View
+import psycopg
+from psycopg.pq import TransactionStatus
+
+from durable.core.state import Claim, Entry, Run, View
 from durable.core.transition import Transition
 from durable.engine.points import Point
-from durable.store.apply import apply as apply_transition
-from durable.store.apply import apply_and_relock
+from durable.store.apply import apply_and_commit, apply_and_relock
 from durable.store.db import Connection
+from durable.store.errors import RowBusy
 from durable.store.inbox import load_inbox, mark_seen
 from durable.store.journal import load_journal
-from durable.store.runs import Locked, Mode, abandon, begin_and_lock
+from durable.store.runs import Locked, Mode, abandon, begin_and_lock, let_go
 
 if TYPE_CHECKING:
     from durable.engine.desk import Desk
 
+RESET: Final = (
+    "reset session authorization; reset role; reset all; unlisten *; discard temp; select pg_advisory_unlock_all()"
+)
+"""What a step may have done to the session of the connection that it was lent."""
+
 
 class Hold:
-    """The hold on one run. After `write`, `write_and_lock` or `release` it is over, and its connection is given back."""
+    """The hold on one run. After `write`, `write_and_lock`, `release` or `drop` it is over, and its connection is given
+    back. `lent`: a step was given the connection."""
 
     def __init__(self, desk: Desk, connection: Connection, locked: Locked, journal: Mapping[str, Entry]) -> None:
         self._desk = desk
         self.connection = connection
+        self.lent = False
         self._read_at, self._started = locked.now, time.monotonic()
         desk.heard(locked.now)
         run = locked.run
@@ -48,13 +59,16 @@ class Hold:
         inbox = await load_inbox(self._desk.store, self.connection, self.view.run.id)
         self.view = replace(self.view, inbox=inbox)
 
-    async def write(self, transition: Transition) -> Hold | None:
-        """Write and commit. Nothing is held afterwards, whatever comes of it."""
-        desk, what = self._desk, self._what()
+    async def write(self, transition: Transition, *, planned: bool = True) -> Hold | None:
+        """Write and commit. Nothing is held afterwards, whatever comes of it.
+
+        `planned`: what lies in the inbox was planned with, and is no reason any more to wake the run.
+        """
+        desk, what = self._desk, executing(self.view)
         try:
-            await apply_transition(desk.store, self.connection, transition, self.view.inbox)
             desk.at(Point.BEFORE_COMMIT, what)
-            await self.connection.execute("COMMIT")
+            inbox = self.view.inbox if planned else ()
+            await apply_and_commit(desk.store, self.connection, transition, inbox)
         finally:
             await self._give_back()
         desk.written(transition)
@@ -66,8 +80,11 @@ class Hold:
 
         What is written enqueues no continuation; where the lock could not be had again, that is made up for here.
         """
-        desk, what = self._desk, self._what()
         silent = replace(transition, next=None)
+        if self.lent:  # the connection goes back to be reset
+            await self.write(silent)
+            return await self._take_again(transition)
+        desk, what = self._desk, executing(self.view)
         try:
             desk.at(Point.BEFORE_COMMIT, what)
             applied, committed = await apply_and_relock(desk.store, self.connection, silent, self.view.inbox)
@@ -85,29 +102,46 @@ class Hold:
         return Hold(desk, self.connection, committed.locked, journal)
 
     async def release(self) -> Hold | None:
-        """Let go without a transition; messages that were looked at are marked as seen. Nothing is held afterwards."""
+        """There is nothing to do: messages that were planned with are marked as seen. Nothing is held afterwards."""
         try:
             fresh = [message.seq for message in self.view.inbox if message.fresh]
-            if fresh and not self._lost:
-                await mark_seen(self._desk.store, self.connection, self.view.run.id, fresh)
-                await self.connection.execute("COMMIT")
+            await mark_seen(self._desk.store, self.connection, self.view.run.id, fresh)
+            await let_go(self._desk.store, self.connection)
         finally:
             await self._give_back()
         return None
 
     async def drop(self) -> None:
-        """Roll back, leave no trace."""
+        """Let go without having looked: whatever is new in the inbox stays new."""
+        try:
+            await let_go(self._desk.store, self.connection)
+        finally:
+            await self._give_back()
+
+    async def discard(self) -> None:
+        """The transaction is not ours any more: neither is the connection."""
+        await self.connection.close()
         await self._give_back()
 
-    @property
-    def _lost(self) -> bool:
-        return self.connection.closed or self.connection.broken
-
-    def _what(self) -> str:
-        return executing(self.view)
+    async def _take_again(self, transition: Transition) -> Hold | None:
+        written = transition.after
+        try:
+            hold = await take(self._desk, written.id)
+        except RowBusy:
+            hold = None
+        if hold is not None and hold.view.run.revision != written.revision:
+            await hold.drop()
+            return None  # who wrote since then has enqueued what follows
+        if hold is None:
+            await self._desk.enqueue(transition)
+        return hold
 
     async def _give_back(self) -> None:
-        await abandon(self.connection)
+        with suppress(psycopg.Error):
+            if self.connection.info.transaction_status is not TransactionStatus.IDLE:
+                await abandon(self.connection)
+            if self.lent and not self.connection.closed:
+                await self.connection.execute(RESET)
         await self._desk.pool.putconn(self.connection)
 
 
@@ -119,16 +153,19 @@ async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Cla
     connection = await desk.pool.getconn()
     try:
         locked = await begin_and_lock(desk.store, connection, run_id, mode)
-        if locked is None or (claim is not None and locked.run.claim != claim):
-            await abandon(connection)
-            await desk.pool.putconn(connection)
-            return None
-        journal = await load_journal(desk.store, connection, run_id) if locked.run.revision else {}
-        return Hold(desk, connection, locked, journal)
+        if locked is not None and claim is not None and locked.run.claim != claim:
+            await let_go(desk.store, connection)
+            locked = None
+        if locked is not None:
+            journal = await load_journal(desk.store, connection, run_id) if _has_journal(locked.run) else {}
+            return Hold(desk, connection, locked, journal)
     except BaseException:
-        await abandon(connection)
+        if connection.info.transaction_status is not TransactionStatus.IDLE:
+            await abandon(connection)
         await desk.pool.putconn(connection)
         raise
+    await desk.pool.putconn(connection)
+    return None
 
 
 def executing(view: View) -> str:
@@ -139,3 +176,7 @@ def executing(view: View) -> str:
     if workflow is None or run.current_step >= len(workflow.nodes):
         return "-"
     return workflow.nodes[run.current_step].kind
+
+
+def _has_journal(run: Run) -> bool:
+    return run.revision > 0

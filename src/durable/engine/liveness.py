@@ -1,9 +1,9 @@
 """How the others know that this worker is alive, and how it is told what concerns it.
 
 It holds a session-level advisory lock on a connection of its own, made directly to the server. The lock dies with the
-connection: milliseconds after a `kill -9`. The server ends that session if it hears nothing for 20 s, and only the event
-loop speaks on it: so a stopped process and a blocked loop die, too. The same connection listens for requests to runs that
-this worker executes.
+connection: milliseconds after a `kill -9`. The server ends that session if it hears nothing for 20 s, and only the
+event loop speaks on it: so a stopped process and a blocked loop die, too. The same connection listens for requests to
+runs that this worker executes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
+from durable.engine import recover
 from durable.errors import ConfigurationError
 from durable.store import sweep as queries
 from durable.store.db import Connection, Store, connection_settings
@@ -29,9 +30,6 @@ log = logging.getLogger(__name__)
 
 SAY_SOMETHING: Final = 5.0
 SILENCE: Final = "20s"
-STOOD: Final = 3.0
-"""Seconds that this worker's own connection must have stood before it calls others dead: after a restart of the database
-all locks are gone at once, and each worker needs a moment to take its own again."""
 
 
 class Liveness:
@@ -83,7 +81,7 @@ class Liveness:
     @property
     def may_judge(self) -> bool:
         """Whether this worker may call others dead."""
-        return self.alive.is_set() and time.monotonic() - self._since >= STOOD
+        return self.alive.is_set() and time.monotonic() - self._since >= recover.STOOD
 
     async def _live(self) -> None:
         pause = 0.1
@@ -130,6 +128,8 @@ class Liveness:
         """The lock of the worker that this is, or of a new one if that was given up meanwhile."""
         if self.worker and await queries.lock_worker(self._store, connection, self.worker):
             return
+        if self.worker and await queries.registered(self._store, connection, self.worker):
+            raise psycopg.OperationalError("the session that was lost still holds this worker's lock")
         self.worker = await queries.register_worker(
             self._store, connection, self._queue, socket.gethostname(), os.getpid()
         )
@@ -142,8 +142,9 @@ class Liveness:
             if notification.payload == told:
                 return
         raise ConfigurationError(
-            "a worker needs a direct connection to PostgreSQL: behind a transaction pooler (PgBouncer) its session lock "
-            "and LISTEN do not work. Give the worker a DSN that goes to the server itself; app code may use the pooler"
+            "a worker needs a direct connection to PostgreSQL: behind a transaction pooler (PgBouncer) its session "
+            "lock and LISTEN do not work. Give the worker a DSN that goes to the server itself; app code may use the "
+            "pooler"
         )
 
     async def _drop(self) -> None:

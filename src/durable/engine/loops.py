@@ -84,8 +84,8 @@ class Loops:
             _, self._after = await recover.adopt_orphans(self._engine, self._after)
 
     async def _own_strays(self) -> None:
-        """What stands in this worker's name and it does not execute: jobs whose end the queue did not take, claims whose
-        owner fell over an error of the engine's own."""
+        """What stands in this worker's name and it does not execute: jobs whose end the queue did not take, claims
+        whose owner fell over an error of the engine's own."""
         engine = self._engine
         async with engine.pool.connection() as connection:
             claimed = await queries.claims_of(engine.store, connection, [engine.worker])

@@ -25,6 +25,8 @@ from durable.values import Status
 log = logging.getLogger(__name__)
 
 PAGE: Final = 200
+STOOD: Final = 3.0
+"""Seconds after a restart of the database, or of one's own connection, until others may be called dead."""
 LOOK_AGAIN: Final = 0.25
 """Seconds between the two looks at a run that seems to have no job: a live burst's row looks free now and then."""
 
@@ -45,9 +47,10 @@ class Recovered:
 
 
 async def sweep(desk: Desk, known: Collection[tuple[str, str]] = ()) -> Recovered:
-    """One whole look: the dead, the due, the unheard, and every runnable run that has no job. `known`: the workflows and
-    versions that this process can execute."""
+    """One whole look: the dead, the due, the unheard, and every runnable run that has no job. `known`: the workflows
+    and versions that this process can execute."""
     done = Recovered()
+    await _let_workers_come_back(desk)
     done.taken_over = await take_over_from_dead(desk)
     done.due = await put_back_due(desk)
     done.rung = await ring_unread(desk)
@@ -58,6 +61,13 @@ async def sweep(desk: Desk, known: Collection[tuple[str, str]] = ()) -> Recovere
         done.orphans += adopted
         if after is None:
             return done
+
+
+async def _let_workers_come_back(desk: Desk) -> None:
+    """After a restart of the database all locks are gone at once."""
+    async with desk.pool.connection() as connection:
+        age = await queries.server_age(desk.store, connection)
+    await asyncio.sleep(max(0.0, STOOD - age))
 
 
 async def take_over_from_dead(desk: Desk) -> int:
@@ -85,11 +95,18 @@ async def take_over_claim(desk: Desk, run_id: uuid.UUID, dead: Collection[int]) 
     if hold is None:
         return False
     claim = hold.view.run.claim
-    async with desk.pool.connection() as connection:
-        if claim is None or (claim.worker not in dead and await queries.registered(desk.store, connection, claim.worker)):
-            await hold.drop()
-            return False
+    if claim is None or not await _is_dead(desk, claim.worker, dead):
+        await hold.drop()
+        return False
     return await _charge(desk, hold)
+
+
+async def _is_dead(desk: Desk, worker: int, dead: Collection[int]) -> bool:
+    """Found without its lock, or forgotten since."""
+    if worker in dead:
+        return True
+    async with desk.pool.connection() as connection:
+        return not await queries.registered(desk.store, connection, worker)
 
 
 async def _take_over_job(desk: Desk, run_id: uuid.UUID, revision: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""What app code asks of a run, applied at once where the row is free: by the asking process, with the code of the worker,
+"""What app code asks of a run, applied at once where the row is free: by the asking process, with the worker's code,
 needing neither a worker nor the definition. Where it is busy, a message and a doorbell do it.
 """
 

@@ -98,6 +98,7 @@ class EmbeddedPostgres:
                     self._place = _Place.of(self.root)
                     if self.throw_away and _try_lock(users):
                         self._discard()
+                        self._place.log.unlink(missing_ok=True)
                     self._ensure_up()
                     _wait(lambda: _try_lock(users, shared=True), f"a lock on {users.name}")
                 except BaseException:

@@ -255,6 +255,11 @@ with r as materialized (
 select count(*) from r, {_PUT_BACK} as put_back
 """)
 
+    server_age = statement("""
+-- seconds since the server began: until workers have had time to come back, a lock that is not held says nothing
+select extract(epoch from clock_timestamp() - pg_postmaster_start_time())::float8
+""")
+
     move_clock = statement("""
 -- for tests: the engine's time runs ahead of the server's
 update {schema}.clock set ahead = ahead + %(by)s
@@ -264,8 +269,8 @@ update {schema}.clock set ahead = ahead + %(by)s
 -- is there nothing that could be done now: no job, no run that could go on, none that is due?
 select not exists (select from {{schema}}.procrastinate_jobs
                    where queue_name = %(queue)s and (status = 'doing' or status = 'todo'))
-   and not exists (select from {{schema}}.runs r where {_RUNNABLE})
-   and not exists (select from {{schema}}.runs r where {_DUE})
+   and not exists (select from {{schema}}.runs r where {_RUNNABLE} and r.queue = %(queue)s)
+   and not exists (select from {{schema}}.runs r where {_DUE} and r.queue = %(queue)s)
 """)
 
     has_job = statement("""
@@ -563,6 +568,11 @@ async def purge(db: Store, connection: Connection, older_than: timedelta, limit:
 
 
 # ---------------------------------------------------------------- how the statements are run
+
+
+async def server_age(db: Store, connection: Connection) -> float:
+    """Seconds since the server was started."""
+    return float(await _value(db, connection, "server_age"))
 
 
 async def move_clock(db: Store, connection: Connection, by: timedelta) -> None:

@@ -27,7 +27,7 @@ metadata = sa.MetaData(
 )
 
 
-def _one_of(column: str, values: type[Status] | type[WaitingFor] | type[EntryKind] | type[MessageKind]) -> str:
+def _one_of(column: str, values: type[Status | WaitingFor | EntryKind | MessageKind]) -> str:
     return f"{column} in ({', '.join(repr(v.value) for v in values)})"
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from durable.engine import recover
 from durable.engine.points import Hook, Point, nothing
+from durable.portal import Portal
 from durable.store import sweep as queries
 from durable.worker.jobs import LastingJobManager
 from durable.worker.session import Session, open_session
@@ -74,14 +75,15 @@ class AsyncHarness:
 
     async def skip(self, by: timedelta | None = None, **units: float) -> None:
         """Move the engine's clock ahead: ``skip(timedelta(days=3))`` or ``skip(days=3)``."""
-        await self._app.connect()
-        async with self._app.pool.connection() as connection:
+        session = await self._open()
+        async with session.engine.pool.connection() as connection:
             await queries.move_clock(self._app.store, connection, by if by is not None else timedelta(**units))
 
     async def _drain(self, session: Session) -> None:
         engine, queue = session.engine, self._app.queue
         manager = session.queue.job_manager
-        assert isinstance(manager, LastingJobManager) and manager.worker is not None
+        assert isinstance(manager, LastingJobManager)
+        assert manager.worker is not None
         while True:
             await recover.take_over_from_dead(engine)
             await recover.put_back_due(engine)
@@ -95,9 +97,9 @@ class AsyncHarness:
 
     async def _perform(self, session: Session, job: Any) -> None:
         await session.queue.tasks[job.task_name](**job.task_kwargs)
-        from procrastinate.jobs import Status
-
-        await session.queue.job_manager.finish_job(job, Status.SUCCEEDED, delete_job=True)
+        manager = session.queue.job_manager
+        assert isinstance(manager, LastingJobManager)
+        await manager.done(job)
 
     def _stop_at_limit(self, point: Point, what: str) -> None:
         self._at(point, what)
@@ -133,21 +135,25 @@ class AsyncHarness:
 
 
 class Harness:
-    """Drives the runs of a :class:`Durable`: :class:`AsyncHarness` for sync tests."""
+    """Drives the runs of a :class:`Durable`: :class:`AsyncHarness` for sync tests, on an event loop of its own."""
 
     def __init__(self, app: Durable, *, at: Hook = nothing) -> None:
         self._app = app
-        self._harness = AsyncHarness(app.asynchronous, at=at)
+        self._portal = Portal("durable harness")
+        self._harness = AsyncHarness(app.async_app, at=at)
         self._harness._handlers_app = app
 
     def __enter__(self) -> Self:
-        self._app.portal.call(self._harness.__aenter__())
+        self._portal.call(self._harness.__aenter__)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._app.portal.call(self._harness.__aexit__(kind, error, trace))
+        try:
+            self._portal.call(self._harness.__aexit__, kind, error, trace)
+        finally:
+            self._portal.close(self._app.async_app.close)
 
     def drain(self, *, max_steps: int | None = None) -> int:
         """Run everything that can run now; return when every run is finished or parked.
@@ -155,8 +161,8 @@ class Harness:
         With `max_steps`: stop after so many journaled steps, as a crash there would. Returns how many were journaled.
         Raises TimeoutError if it comes to no end within 30 seconds.
         """
-        return self._app.portal.call(self._harness.drain(max_steps=max_steps))
+        return self._portal.call(self._harness.drain, max_steps=max_steps)
 
     def skip(self, by: timedelta | None = None, **units: float) -> None:
         """Move the engine's clock ahead: ``skip(timedelta(days=3))`` or ``skip(days=3)``."""
-        self._app.portal.call(self._harness.skip(by, **units))
+        self._portal.call(self._harness.skip, by, **units)

@@ -2,8 +2,8 @@
 
 procrastinate's own loops end at the first error of the database (a fetch that fails ends the worker, a listener or
 heartbeat that fails stops it with exit code 0), and a finish that fails leaves its job `doing` for ever. Here each of
-them is tried again until the database answers. Jobs are fetched and finished on connections in autocommit mode without a
-check on checkout, and commit asynchronously: what gets lost by that is delivered twice, which changes nothing.
+them is tried again until the database answers. Jobs are fetched and finished on connections in autocommit mode without
+a check on checkout, and commit asynchronously: what gets lost by that is delivered twice, which changes nothing.
 """
 
 from __future__ import annotations
@@ -113,6 +113,10 @@ class LastingJobManager(JobManager):
                 log.warning("cannot finish job %s: %s", job.id, _cause(error))
                 await asyncio.sleep(pause)
         return None
+
+    async def done(self, job: queue_jobs.Job) -> None:
+        """Delete a job that has been performed."""
+        await self.finish_job(job, queue_jobs.Status.SUCCEEDED, delete_job=True)
 
     async def update_heartbeat(self, worker_id: int) -> None:
         try:

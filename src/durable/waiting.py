@@ -1,0 +1,200 @@
+"""Waiting for the end of runs: told by the database, with a look once a second in case that gets lost.
+
+One connection an event loop listens. A waiter first makes sure of it, then registers, then looks, then waits: what ends
+after the look is told, what ended before it was seen. Behind a transaction pooler, or after a lost connection, the look
+alone serves. While a run is waited for, no connection of the pool is held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from typing import Any, Final, TypeAlias
+
+import psycopg
+from psycopg_pool import PoolTimeout
+
+from durable.errors import RunNotFound
+from durable.store import read, sweep
+from durable.store.db import Connection, Store, connection_settings
+from durable.store.read import Outcome
+
+log = logging.getLogger(__name__)
+
+LOOK: Final = 1.0
+"""Seconds between two looks at a run that nobody has told anything of."""
+PATIENCE: Final = 2.0
+"""Seconds after which the log says why nothing may be happening."""
+
+LOST: Final = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
+"""What the database says, or does not say, while it is away."""
+
+Borrow: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
+
+
+class Endings:
+    """Who waits for which runs, on one event loop."""
+
+    def __init__(self, store: Store, borrow: Borrow, queue: str) -> None:
+        self._store, self._borrow, self._queue = store, borrow, queue
+        self._id = uuid.uuid4()
+        self._waiting: defaultdict[uuid.UUID, set[asyncio.Event]] = defaultdict(set)
+        self._connecting = asyncio.Lock()
+        self._ear: asyncio.Task[None] | None = None
+        self._heard = 0  # how many connections have listened
+        self._next_try = 0.0
+
+    async def outcome(self, run_id: uuid.UUID, timeout: float | None, *, uncommitted: bool = False) -> Outcome:
+        """How the run ended, once it has. Raises RunNotFound, unless its start may still commit; TimeoutError."""
+        now = asyncio.get_running_loop().time
+        began = now()
+        end = began + timeout if timeout is not None else float("inf")
+        found = await self._read(run_id)
+        hints = _Hints(run_id, self._queue)
+        listened = -1
+        with self._waits(run_id) as told:
+            while found is None or not found.status.ended:
+                if found is None and not uncommitted:
+                    raise RunNotFound(run_id)
+                if now() >= end:
+                    raise TimeoutError(await self._why(run_id, timeout, found))
+                try:
+                    if (listening := await self._listen()) != listened:
+                        listened = listening
+                        async with self._borrow() as connection:
+                            await sweep.register_waiter(self._store, connection, run_id, self._id)
+                    else:
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(told.wait(), min(LOOK, max(end - now(), 0)))
+                    told.clear()
+                    found = await self._read(run_id)
+                    if now() - began >= PATIENCE:
+                        await self._hint(hints, found)
+                except LOST as error:
+                    hints.lost(error)
+                    listened = -1
+                    await asyncio.sleep(min(LOOK, max(end - now(), 0)))
+        return found
+
+    async def close(self) -> None:
+        """Stop listening."""
+        if self._ear is not None:
+            self._ear.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._ear
+
+    async def _read(self, run_id: uuid.UUID) -> Outcome | None:
+        async with self._borrow() as connection:
+            try:
+                return await read.outcome(self._store, connection, run_id)
+            except RunNotFound:
+                return None
+
+    @contextmanager
+    def _waits(self, run_id: uuid.UUID) -> Iterator[asyncio.Event]:
+        told = asyncio.Event()
+        self._waiting[run_id].add(told)
+        try:
+            yield told
+        finally:
+            self._waiting[run_id].discard(told)
+            if not self._waiting[run_id]:
+                del self._waiting[run_id]
+
+    # ---------------------------------------------------------------- being told
+
+    async def _listen(self) -> int:
+        """Make sure that somebody listens; a number that is another one when it is another connection, 0: nobody."""
+        async with self._connecting:
+            if self._ear is not None and not self._ear.done():
+                return self._heard
+            now = asyncio.get_running_loop().time()
+            if now < self._next_try:
+                return 0
+            self._next_try = now + LOOK
+            try:
+                connection = await self._connect()
+            except psycopg.Error as error:
+                log.debug("cannot listen for the ends of runs, looking once a second: %s", error)
+                return 0
+            self._heard += 1
+            self._ear = asyncio.create_task(self._hear(connection), name="durable: the ends of runs")
+            return self._heard
+
+    async def _connect(self) -> Connection:
+        settings: dict[str, Any] = connection_settings(self._store.dsn, "durable result")
+        connection = await psycopg.AsyncConnection.connect(self._store.dsn, autocommit=True, **settings)
+        try:
+            await connection.execute(f'listen "{sweep.ended_channel(self._store.schema)}"'.encode())
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def _hear(self, connection: Connection) -> None:
+        try:
+            async for notice in connection.notifies():
+                with suppress(ValueError):
+                    for told in self._waiting.get(uuid.UUID(notice.payload), ()):
+                        told.set()
+        except psycopg.Error as error:
+            log.debug("the connection that listens for the ends of runs was lost: %s", error)
+        finally:
+            for waiting in list(self._waiting.values()):  # what was told meanwhile is lost: look
+                for told in waiting:
+                    told.set()
+            await connection.close()
+
+    # ---------------------------------------------------------------- saying why it takes long
+
+    async def _hint(self, hints: _Hints, found: Outcome | None) -> None:
+        if found is None:
+            hints.invisible()
+        elif not found.status.ended and not hints.said_unserved:
+            async with self._borrow() as connection:
+                hints.served(await sweep.workers_alive(self._store, connection, self._queue))
+
+    async def _why(self, run_id: uuid.UUID, timeout: float | None, found: Outcome | None) -> str:
+        text = f"run {str(run_id)!r} has not ended within {timeout:g} s: "
+        if found is None:
+            return text + "its start is not committed yet, or was rolled back"
+        with suppress(RunNotFound, *LOST):
+            async with self._borrow() as connection:
+                snapshot = await read.snapshot(self._store, connection, run_id, children=0)
+            waits = f", {snapshot.derived.replace('_', ' ')}" if snapshot.derived != snapshot.status else ""
+            about = f" {snapshot.waiting_name!r}" if snapshot.waiting_name else ""
+            return f"{text}it is {snapshot.status.value}{waits}{about}. It goes on; ask again for its result"
+        return f"{text}it was {found.status.value}"
+
+
+class _Hints:
+    """What the log is told about one waiting, each thing once."""
+
+    def __init__(self, run_id: uuid.UUID, queue: str) -> None:
+        self._run_id, self._queue = run_id, queue
+        self._said: set[str] = set()
+        self.said_unserved = False
+
+    def invisible(self) -> None:
+        self._once("waiting for run %s: its start is not committed yet", self._run_id)
+
+    def served(self, workers: int) -> None:
+        self.said_unserved = True
+        if workers == 0:
+            self._once(
+                "waiting for run %s, but no worker serves the queue %r: start one (`durable worker`, or app.worker())",
+                self._run_id,
+                self._queue,
+            )
+
+    def lost(self, error: BaseException) -> None:
+        self._once("waiting for run %s: the database is away, trying again: %s", self._run_id, error)
+
+    def _once(self, text: str, *arguments: object) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning(text, *arguments, extra={"run": str(self._run_id)})
