@@ -176,6 +176,14 @@ create unlogged table waiters (
 
 create index waiters_registered_at_idx on waiters (registered_at);
 
+create unlogged table progress (
+  run_id uuid not null,
+  step_id text not null,
+  body json not null,
+  at timestamptz not null,
+  constraint progress_pkey primary key (run_id, step_id)
+);
+
 create table clock (
   "only" boolean default true not null,
   ahead interval default '0' not null,
@@ -206,7 +214,7 @@ alter table procrastinate_events set (
 );
 """
 
-OURS: Final = ("runs", "journal", "inbox", "attempts", "events", "workers", "waiters", "clock", "queue_schema")
+OURS: Final = ("runs", "journal", "inbox", "attempts", "events", "workers", "waiters", "progress", "clock", "queue_schema")
 
 # Whatever version of procrastinate's schema it is: all that bears its name.
 DROP_QUEUE: Final = """

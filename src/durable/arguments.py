@@ -100,13 +100,12 @@ def priority(given: object) -> int:
     return given
 
 
-def span(given: Seconds | None, what: str) -> timedelta | None:
+def span(given: object, what: str) -> timedelta | None:
     """Seconds or a timedelta, not negative. Raises ConfigurationError."""
     if given is None:
         return None
     seconds = given.total_seconds() if isinstance(given, timedelta) else given
-    number = isinstance(seconds, int | float) and seconds is not True and seconds is not False
-    if not number or not math.isfinite(seconds) or not 0 <= seconds <= LONGEST:
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= LONGEST:
         raise ConfigurationError(f"{what}={given!r} must be seconds or a timedelta, from 0 to a thousand years")
     return timedelta(seconds=seconds)
 

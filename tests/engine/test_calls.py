@@ -156,8 +156,8 @@ async def test_the_context_has_the_app_and_reports_progress_in_order(bench: Benc
         assert await bench.step(fn) == Succeeded('"the app"')
         await asyncio.sleep(0)
         assert bench.progress == [
-            {"kind": "progress", "done": 1, "total": 2, "message": "half"},
-            {"kind": "heartbeat", "details": {"at": 3}},
+            {"done": 1, "total": 2, "message": "half"},
+            {"heartbeat": {"at": 3}},
         ]
         bench.progress.clear()
 

@@ -372,7 +372,7 @@ def test_a_server_that_does_not_answer_is_named(root: Path, monkeypatch: pytest.
 def test_a_server_that_ignores_a_stop_is_crashed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PostgreSQL 18 hangs in some shutdowns."""
     monkeypatch.setattr(room, "PATIENCE", 0.1)
-    monkeypatch.setattr(room.signal, "SIGINT", signal.SIGURG)  # which it does ignore
+    monkeypatch.setattr(signal, "SIGINT", signal.SIGURG)  # which it does ignore
     with EmbeddedPostgres(root) as server, psycopg.connect(server.dsn()) as connection:
         connection.execute("create table kept ()")
     with EmbeddedPostgres(root) as server:

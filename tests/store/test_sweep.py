@@ -17,6 +17,8 @@ from durable.store import sweep
 from durable.store.db import Connection, Pool, Store
 from durable.values import Status
 
+HERE = "database = (select oid from pg_database where datname = current_database())"
+
 
 @pytest.fixture
 def store(dsn: str) -> Store:
@@ -128,7 +130,7 @@ async def test_the_class_of_the_lock_is_that_of_the_schema(
     store: Store, connection: Connection, direct: Connection
 ) -> None:
     worker = await sweep.register_worker(store, direct, "shop", "here", 7)
-    ours = "select classid::bigint, objid::bigint from pg_locks where locktype = 'advisory'"
+    ours = f"select classid::bigint, objid::bigint from pg_locks where locktype = 'advisory' and {HERE}"
     assert await rows(connection, ours) == await rows(
         connection, "select hashtext('durable')::oid::bigint, %s::bigint", worker
     )
@@ -159,7 +161,7 @@ async def test_a_forgotten_worker_cannot_lock_anew(
     await gone(store, connection, worker)
     assert await sweep.forget_workers(store, connection, [worker]) == [worker]
     assert not await sweep.lock_worker(store, direct, worker)
-    assert await rows(connection, "select from pg_locks where locktype = 'advisory'") == []
+    assert await rows(connection, f"select from pg_locks where locktype = 'advisory' and {HERE}") == []
 
 
 async def test_a_worker_unregisters(store: Store, connection: Connection, direct: Connection) -> None:
@@ -168,7 +170,7 @@ async def test_a_worker_unregisters(store: Store, connection: Connection, direct
     await sweep.unregister_worker(store, direct, worker)
     assert not await sweep.registered(store, connection, worker)
     assert await rows(connection, "select from durable.workers") == []
-    assert await rows(connection, "select from pg_locks where locktype = 'advisory'") == []
+    assert await rows(connection, f"select from pg_locks where locktype = 'advisory' and {HERE}") == []
 
 
 async def test_a_live_worker_is_not_forgotten(store: Store, connection: Connection, direct: Connection) -> None:

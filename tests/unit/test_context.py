@@ -226,4 +226,4 @@ def test_progress_without_a_loop_is_reported_directly() -> None:
     options: dict[str, Any] = {"lending": NoLoan(), "cancelled": threading.Event(), "on_progress": seen.append}
     ctx: StepContext[Any] = StepContext(Call("open", Purpose.STEP, ORDER), a_view(), **options)
     ctx.progress(1, 2)
-    assert seen == [{"kind": "progress", "done": 1, "total": 2, "message": None}]
+    assert seen == [{"done": 1, "total": 2}]

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from durable import migrate as schemas
 from durable.cli import output
-from durable.cli.options import Shared, load_app
+from durable.cli.options import Where
 from durable.cli.problems import DONE, FAILED, UsageError
 from durable.config import resolve
 
@@ -18,7 +18,7 @@ def migrate(
     *,
     check: Annotated[bool, Parameter(negative=())] = False,
     sql: Annotated[bool, Parameter(negative=())] = False,
-    shared: Shared = Shared(),  # noqa: B008  # frozen
+    where: Where = Where(),  # noqa: B008  # frozen
 ) -> int:
     """Bring the database to the schema that this version of durable needs. Any number of processes may do it at once.
 
@@ -31,26 +31,23 @@ def migrate(
     """
     if check and sql:
         raise UsageError("--check and --sql exclude each other")
-    dsn, schema = shared.dsn, shared.schema
-    if shared.app is not None:
-        app, _ = load_app(shared.app, dsn=dsn, imports=())
-        dsn, schema = app.dsn or dsn, app.schema
+    schema = where.schema
     if sql:
         print(schemas.sql(schema))
         return DONE
-    database = resolve(dsn)
+    database = resolve(where.dsn)
     try:
         print(f"{database}, schema {schema}", file=sys.stderr)
         missing = schemas.check(database.dsn, schema, source=database.source)
         if missing and not check:
             schemas.upgrade(database.dsn, schema, source=database.source)
-        return _told(shared, missing, check=check)
+        return _told(where, missing, check=check)
     finally:
         database.close()
 
 
-def _told(shared: Shared, missing: list[str], *, check: bool) -> int:
-    if shared.json:
+def _told(where: Where, missing: list[str], *, check: bool) -> int:
+    if where.json:
         output.print_json({"revision": schemas.HEAD, "missing" if check else "applied": missing})
     elif missing:
         print("\n".join([*(f"{'missing' if check else 'applied'}: {one}" for one in missing)]))

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Group, Parameter
 
@@ -19,22 +19,19 @@ from durable.cli.problems import UsageError
 if TYPE_CHECKING:
     from durable.durable import AsyncDurable
 
-SHARED = Group("Database and output", sort_key=100)
+SHARED: Final = Group("Database and output", sort_key=100)
+GIVEN: Final = "DURABLE_DATABASE_URL"
 
 
 @Parameter(name="*", group=SHARED)
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Where the runs are, and how they are shown."""
+@dataclass(frozen=True)
+class Where:
+    """Which database, and how answers look."""
 
     dsn: str | None = None
     """The database. Default: DURABLE_DATABASE_URL, DATABASE_URL, else the embedded PostgreSQL in ./.durable."""
     schema: str = "durable"
     """durable's own schema there."""
-    imports: Annotated[list[str], Parameter(name="--import", negative=())] = field(default_factory=list)
-    """A module with workflows at its top level. May be given several times."""
-    app: str | None = None
-    """MODULE:APP, a Durable or AsyncDurable of yours, whose database, schema, codec and workflows are taken."""
     output: Annotated[Literal["table", "json"] | None, Parameter(name=["--output", "-o"])] = None
     """Tables, or one JSON object a line. Default: tables on a terminal, JSON otherwise."""
 
@@ -43,40 +40,63 @@ class Shared:
         return self.output == "json" if self.output else not sys.stdout.isatty()
 
 
+@Parameter(name="*", group=SHARED)
+@dataclass(frozen=True)
+class Shared(Where):
+    """And which workflows are known."""
+
+    imports: Annotated[list[str], Parameter(name="--import", negative=())] = field(default_factory=list)
+    """A module with workflows at its top level. May be given several times."""
+    app: str | None = None
+    """MODULE:APP, a Durable or AsyncDurable of yours, whose database, schema, codec and workflows are taken."""
+
+
 @asynccontextmanager
 async def opened(shared: Shared) -> AsyncIterator[AsyncDurable]:
     """The app that the options describe, connected; closed afterwards."""
     logs.configure(level="warning")
-    app = make_app(shared)
-    try:
-        await app.connect()
+    app, _ = find_app(shared, shared.app)
+    async with connected(app, shared, shared.app):
         if sys.stderr.isatty():
             print(app.database, file=sys.stderr)
         yield app
+
+
+@asynccontextmanager
+async def connected(app: AsyncDurable, shared: Where, place: str | None) -> AsyncIterator[None]:
+    """To the database that was asked for, and to no other."""
+    try:
+        await app.connect()
+        if place and shared.dsn and app.database and GIVEN not in app.database.source:
+            raise UsageError(f"--dsn is not for {place}: that app takes its database from {app.database.source}")
+        yield
     finally:
         await app.close()
 
 
-def make_app(shared: Shared) -> AsyncDurable:
-    """Not connected yet."""
+def find_app(shared: Shared, place: str | None) -> tuple[AsyncDurable, object]:
+    """The app, as an AsyncDurable and as its handlers know it. Not connected yet."""
     from durable.durable import AsyncDurable
 
-    see_working_folder()
-    if shared.app is None:
-        return AsyncDurable(shared.dsn, schema=shared.schema, imports=shared.imports)
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # modules of the project that one stands in, as with `python -m`
+        sys.path.insert(0, folder)
+    if place is None:
+        app = AsyncDurable(shared.dsn, schema=shared.schema, imports=shared.imports)
+        return app, app
     if shared.schema != "durable":
-        raise UsageError(f"--schema and --app {shared.app} exclude each other: the app has its own")
-    return load_app(shared.app, dsn=shared.dsn, imports=shared.imports)[0]
+        raise UsageError(f"--schema is not for {place}: an app has its own")
+    return _load_app(place, dsn=shared.dsn, imports=shared.imports)
 
 
-def load_app(place: str, *, dsn: str | None, imports: Sequence[str]) -> tuple[AsyncDurable, object]:
-    """The app ``module:name``, as an AsyncDurable and as it is. A `dsn` holds for apps that name none themselves."""
+def _load_app(place: str, *, dsn: str | None, imports: Sequence[str]) -> tuple[AsyncDurable, object]:
+    """``module:name``. A DSN reaches it by the environment: apps read that, unless they name a database themselves."""
     from durable.definitions import workflows_in
     from durable.durable import AsyncDurable, Durable
 
-    see_working_folder()
     if dsn is not None:
-        os.environ["DURABLE_DATABASE_URL"] = dsn
+        os.environ[GIVEN] = dsn
+        os.environ["DURABLE_EMBEDDED"] = "auto"
     module, _, name = place.partition(":")
     if not module or not name:
         raise UsageError(f"{place!r} must be MODULE:NAME, as in shop.app:app")
@@ -87,17 +107,10 @@ def load_app(place: str, *, dsn: str | None, imports: Sequence[str]) -> tuple[As
     except AttributeError as error:
         raise UsageError(f"{place}: {error}") from error
     except ImportError as error:
-        raise UsageError(f"cannot import {module!r}: {error} (looked in {os.getcwd()} first)") from error  # noqa: PTH109
+        raise UsageError(f"cannot import {module!r}: {error} (looked in {Path.cwd()} first)") from error
     app = found.async_app if isinstance(found, Durable) else found
     if not isinstance(app, AsyncDurable):
         raise UsageError(f"{place} is a {type(found).__name__}, and must be a Durable or an AsyncDurable")
-    for module in imports:
-        app.register(*workflows_in(module))
+    for other in imports:
+        app.register(*workflows_in(other))
     return app, found
-
-
-def see_working_folder() -> None:
-    """Modules of the project that one stands in can be imported, as with ``python -m``."""
-    folder = str(Path.cwd())
-    if folder not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)

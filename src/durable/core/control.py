@@ -123,10 +123,8 @@ def _pause(view: View, now: datetime, taken: Any) -> Transition | None:
 
 def paused(view: View, now: datetime, **write: Any) -> Transition:
     """The pause takes effect: what the run waited for stays written, for its resumption."""
-    run = view.run
-    return move(
-        view, now, Status.PAUSED, **{**_waits(run), "claim": None, "pausing": False, "error": run.error, **write}
-    )
+    kept = {**_waits(view.run), "error": view.run.error}
+    return move(view, now, Status.PAUSED, **{**kept, "claim": None, "pausing": False, **write})
 
 
 def _resume(view: View, now: datetime, taken: Any) -> Transition | None:
@@ -172,14 +170,11 @@ def _to_children(run: Run, kind: MessageKind, body: Mapping[str, Any] | None) ->
     return tuple(Outgoing(b.child, kind, None, text) for b in run.frame.values() if b.child is not None)
 
 
-def not_undone(view: View) -> list[dict[str, Any]]:
-    """What a rollback left behind: compensators that gave up, and entries that it never came to."""
-    gave_up = [
-        {"step": step_id.removeprefix("undo:"), "error": entry.error.message if entry.error else None}
-        for step_id, entry in view.journal.items()
-        if step_id.startswith("undo:") and entry.status == "failed"
-    ]
-    return gave_up + [{"step": target.entry.step_id, "error": None} for target in targets(view)]
+def not_undone(view: View) -> list[str]:
+    """What a rollback left behind: the steps whose compensators gave up, and those that it never came to."""
+    undos = (entry for step_id, entry in view.journal.items() if step_id.startswith("undo:"))
+    gave_up = [entry.step_id.removeprefix("undo:") for entry in undos if entry.status == "failed"]
+    return gave_up + [target.entry.step_id for target in targets(view)]
 
 
 def ending_failure(view: View) -> Failure | None:

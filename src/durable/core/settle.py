@@ -199,8 +199,7 @@ def _try_again(view: View, ended: Ended, failure: Failure, delay: float) -> Tran
 
 
 def _pause_exhausted(view: View, ended: Ended, failure: Failure) -> Transition:
-    """Out of attempts, and to be looked at by a person: resume() gives it fresh ones, with what it had been resumed with
-    if it had suspended."""
+    """Out of attempts, and to be looked at by a person: resume() gives it fresh ones, and what it was resumed with."""
     call = ended.call
     record = FailedAttempt(call.step_id, call.attempt, "failed", failure, ended.started_at, ended.now)
     begun = view.run.frame.get(call.step_id, NOT_BEGUN)
@@ -212,7 +211,7 @@ def _pause_exhausted(view: View, ended: Ended, failure: Failure) -> Transition:
 
 
 def _interrupted(view: View, ended: Ended, by: str) -> Transition:
-    """Ended from outside, not counted: the next attempt has the same number. There is none of an `at_most_once` step."""
+    """Ended from outside, not counted: the next attempt has the same number. An `at_most_once` step has none."""
     call, run = ended.call, view.run
     failure = Failure(
         "durable.errors.StepInterrupted", f"interrupted by {by}", "interrupted", call.step_id, call.attempt

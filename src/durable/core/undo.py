@@ -120,8 +120,8 @@ def _await_child(view: View, now: datetime, step_id: str) -> Transition | None:
     result = json.dumps(body.get("result"), ensure_ascii=False)
     extra = {"child": str(begun.child)}
     ended = Entry(step_id, EntryKind.CHILD, "completed", result, started_at=begun.since, finished_at=now, extra=extra)
-    # It was faster than our cancel: it is undone like any finished step. One that needs no undoing is not journaled: the
-    # cursor has not passed it, and a retried run starts it anew.
+    # It was faster than our cancel: it is undone like any finished step. One that needs no undoing is not journaled:
+    # the cursor has not passed it, and a retried run starts it anew.
     late = body.get("status") == Status.COMPLETED and is_target(view, ended)
     frame, taken = without(view.run, step_id), {told.seq: step_id}
     return move(view, now, Status.COMPENSATING, frame=frame, entries=(ended,) if late else (), taken=taken)

@@ -285,12 +285,14 @@ def _jsonable(adapter: TypeAdapter[Any], value: Any) -> Any:
 def _loose_text(value: Any) -> JsonText:
     try:
         return _plain_text(value)
-    except PayloadError:
-        pass
+    except PayloadError as error:
+        fault = error
     try:
         jsonable = to_jsonable_python(value, inf_nan_mode="constants", by_alias=True)
         python = _ANYTHING.dump_python(value, mode="python", warnings="none")
     except Exception as error:
+        if type(error) in (ValueError, UnicodeEncodeError, RecursionError):  # depth, half a pair: we know where it is
+            raise fault from error
         raise PayloadError(f"{_named(value)} can't be turned into JSON: {_told(error)}") from error
     text = _plain_text(jsonable)
     if _hides_nan(python):

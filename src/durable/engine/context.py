@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -12,7 +13,7 @@ from durable.core.results import Results, node_of, schema_of
 from durable.core.state import View
 from durable.core.transition import Call
 from durable.define.nodes import Loop
-from durable.define.payload import ANY, Schema
+from durable.define.payload import ANY, LOOSE, Schema
 from durable.errors import PayloadError
 from durable.values import JsonText
 
@@ -129,12 +130,13 @@ class StepContext(Generic[Input]):
         return self._cancelled.is_set()
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Says how far the step has come; shown in ``status``, not journaled."""
-        self._report({"kind": "progress", "done": done, "total": total, "message": message})
+        """Says how far the step has come; shown in ``status``, not journaled. Raises PayloadError if it is no JSON."""
+        said = {"done": done, "total": total, "message": message}
+        self._report({name: value for name, value in said.items() if value is not None})
 
     def heartbeat(self, details: Any = None) -> None:
-        """Says that the step is alive, and something about it."""
-        self._report({"kind": "heartbeat", "details": details})
+        """Says that the step is alive, and something about it: shown in ``status``. Raises PayloadError as `progress`."""
+        self._report({"heartbeat": details})
 
     def connection(self) -> Connection:
         """For a sync handler: a SQLAlchemy connection in the run's own transaction. What is written through it commits
@@ -167,6 +169,7 @@ class StepContext(Generic[Input]):
     def _report(self, what: Mapping[str, Any]) -> None:
         if self._on_progress is None:
             return
+        what = json.loads(LOOSE.dump(dict(what)))
         if self._loop is None:
             self._on_progress(what)
         else:  # from whatever thread; in order

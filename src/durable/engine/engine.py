@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_MS: Final = 1_000
 """How long a job waits for a run's row."""
+REPORT_EVERY: Final = 0.5
+"""Seconds between two looks at what executing steps say of themselves."""
 ALARM_HORIZON: Final = timedelta(seconds=5)
 """Timers that fall due sooner get an alarm in this process; the timer loop finds the others in the table."""
 IDLE_IN_TRANSACTION_MS: Final = 60_000
@@ -82,6 +84,7 @@ class Engine(Desk):
         self.owned: dict[uuid.UUID, Claimed] = {}
         self._flights: dict[uuid.UUID, set[Flight]] = {}
         self._ended: asyncio.Queue[uuid.UUID] = asyncio.Queue()
+        self._said: dict[tuple[uuid.UUID, str], dict[str, Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # ---------------------------------------------------------------- life
@@ -89,6 +92,7 @@ class Engine(Desk):
     async def open(self) -> None:
         await self.pool.open(wait=True, timeout=10)
         self._background(self._notify_ended(), "notify ended")
+        self._background(self._report(), "report progress")
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -200,6 +204,21 @@ class Engine(Desk):
                     async with self.pool.connection() as connection:
                         await nudges.notify_ended(self.store, connection, ids)
                     break
+
+    def say(self, flight: Flight, what: Mapping[str, Any]) -> None:
+        """A step reports on itself. What it said last is kept, at most twice a second."""
+        flight.said |= what
+        self._said[flight.view.run.id, flight.call.step_id] = flight.said
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_EVERY)
+            if not self._said:
+                continue
+            said, self._said = self._said, {}
+            with self.database_errors_only():
+                async with self.pool.connection() as connection:
+                    await nudges.report(self.store, connection, said)
 
     def _background(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from durable.core.crash import claimed
 from durable.core.settle import Ended
@@ -42,6 +43,7 @@ class Flight:
         self.claim = claim
         self.lent = False
         self.lost: TransactionLost | None = None
+        self.said: dict[str, Any] = {}  # by `progress` and `heartbeat`
         self.started_at = hold.now if hold is not None else engine.now()
         self._interrupted_by: Literal["cancel", "shutdown"] | None = None
         self._cancelled = threading.Event()
@@ -111,7 +113,10 @@ class Flight:
         engine.at(Point.BEFORE_HANDLER, executing(self.view))
         try:
             with engine.aloft(self):
-                outcome = await engine.caller.run(self.call, self.view, self, now=engine.now, cancelled=self._cancelled)
+                said = partial(engine.say, self)
+                outcome = await engine.caller.run(
+                    self.call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said
+                )
         except TransactionLost as lost:
             outcome = lost.outcome if isinstance(lost.outcome, Failed) else transaction_lost(self.call, lost)
             self.lost = lost

@@ -128,13 +128,21 @@ _State: TypeAlias = Ask | _Awaiting | Returned[T] | Raised
 
 
 async def _on_loop(script: Script[T], ask: Ask | _Awaiting) -> _State[T]:
+    task = asyncio.current_task()
     try:
         answer = await (ask.awaitable if isinstance(ask, _Awaiting) else ask.fn(*ask.args))
-    except GeneratorExit:  # the loop is being torn down: not the user's
-        raise
     except BaseException as error:
+        if isinstance(error, GeneratorExit) and _current_task() is not task:
+            raise  # the loop is being torn down: not the user's
         return Raised(error)
     return _guarded(_send, script, answer)
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs here any more
+        return None
 
 
 def _in_thread(script: Script[T], ask: Ask, interruption: Interruption) -> _State[T]:

@@ -15,7 +15,9 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Final
 
+from durable.core.transition import Next
 from durable.engine import recover
+from durable.engine.advance import continue_run
 from durable.engine.engine import Engine
 from durable.engine.liveness import Liveness
 from durable.store import sweep as queries
@@ -36,6 +38,7 @@ class Loops:
         self._strays: list[int] = []
         self._after: uuid.UUID | None = None
         self._alarms: list[datetime] = []
+        self._taken_up: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -45,7 +48,7 @@ class Loops:
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._taken_up.values(), return_exceptions=True)
 
     async def _timers(self) -> None:
         """What is due is put back: at the time of each alarm that this process set itself, and once a second."""
@@ -78,10 +81,26 @@ class Loops:
             await self._survive("recovery", self._walk)
 
     async def _walk(self) -> None:
-        known = self._engine.registry.known()
-        await recover.put_back_known(self._engine, known)
+        await self._take_up_known()
         if self._liveness.may_judge:
             _, self._after = await recover.adopt_orphans(self._engine, self._after)
+
+    async def _take_up_known(self) -> None:
+        """Runs that were parked because no worker knew their definition, and that this one knows: taken up directly,
+        for a job in the queue might be fetched by one that does not know it."""
+        engine, known = self._engine, list(self._engine.registry.known())
+        async with engine.pool.connection() as connection:
+            parked = await queries.waiting_for_definition(engine.store, connection, known, engine.options.concurrency)
+        for run in parked:
+            if run.id not in self._taken_up:
+                self._taken_up[run.id] = asyncio.create_task(self._take_up(run))
+
+    async def _take_up(self, run: queries.Due) -> None:
+        kind = Next.of(run.status)
+        try:
+            await self._survive("taking up", lambda: continue_run(self._engine, run.id, run.revision, kind))
+        finally:
+            del self._taken_up[run.id]
 
     async def _own_strays(self) -> None:
         """What stands in this worker's name and it does not execute: jobs whose end the queue did not take, claims
@@ -116,11 +135,12 @@ class Loops:
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(_jittered(HOUSEKEEPING))
-            await self._survive("tidying up", self._drop_stale_waiters)
+            await self._survive("tidying up", self._drop_stale)
 
-    async def _drop_stale_waiters(self) -> None:
+    async def _drop_stale(self) -> None:
         async with self._engine.pool.connection() as connection:
             await queries.drop_stale_waiters(self._engine.store, connection)
+            await queries.drop_stale_progress(self._engine.store, connection)
 
     async def _survive(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
         try:

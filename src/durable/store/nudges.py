@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from durable.store.db import Connection, Store
 from durable.store.sql import Statements, statement
@@ -31,6 +31,12 @@ select 1 from {schema}.inbox where run_id = %(run)s and kind = 'cancel' and stat
     tell_owner = statement("""
 -- the worker that has the claim should look at the run
 select pg_notify(%(channel)s, %(run)s)
+""")
+
+    report = statement("""
+-- what an executing step says of itself
+insert into {schema}.progress (run_id, step_id, body, at) values (%(run)s, %(step)s, %(body)s, {schema}.engine_now())
+on conflict (run_id, step_id) do update set body = excluded.body, at = excluded.at
 """)
 
     notify_ended = statement("""
@@ -63,6 +69,14 @@ async def cancel_asked(db: Store, connection: Connection, run_id: uuid.UUID) -> 
 async def tell_owner(db: Store, connection: Connection, run_id: uuid.UUID) -> None:
     """Announce that the row or the inbox of a claimed run has news."""
     await connection.execute(statements(db.schema).tell_owner, {"channel": db.control_channel, "run": str(run_id)})
+
+
+async def report(db: Store, connection: Connection, said: Mapping[tuple[uuid.UUID, str], Mapping[str, Any]]) -> None:
+    """Keep what executing steps last said of themselves, for `status`. In one flush."""
+    query = statements(db.schema).report
+    async with connection.pipeline():
+        for (run_id, step_id), body in said.items():
+            await connection.execute(query, {"run": run_id, "step": step_id, "body": db.payloads.dump(body)})
 
 
 async def notify_ended(db: Store, connection: Connection, ids: Collection[uuid.UUID]) -> None:

@@ -70,6 +70,11 @@ select distinct on (run_id, step_id) run_id, step_id, attempt, error::text, next
 from {schema}.attempts where run_id = any (%(ids)s) order by run_id, step_id, seq desc
 """)
 
+    progress = statement("""
+-- what executing steps last said of themselves
+select run_id, step_id, body::text, at from {schema}.progress where run_id = any (%(ids)s)
+""")
+
     attempts = statement("""
 -- what failed
 select step_id, attempt, kind, error::text, started_at, finished_at, next_attempt_at
@@ -150,11 +155,13 @@ async def snapshot(
         attempts = _by_run(
             await _rows(connection, statements(db.schema).last_attempts, ids=open_ids) if open_ids else []
         )
+        active = [row["id"] for row in rows if not Status(row["status"]).ended]
+        said = _by_run(await _rows(connection, statements(db.schema).progress, ids=active) if active else [])
     made: dict[uuid.UUID, list[RunSnapshot]] = defaultdict(list)
     for row in reversed(rows):  # the lowest level first
         id_ = row["id"]
         one = _run(row, db.payloads, totals)
-        one = _with_steps(one, row, journal.get(id_, []), attempts.get(id_, []), db.payloads)
+        one = _with_steps(one, row, journal.get(id_, []), attempts.get(id_, []), said.get(id_, []), db.payloads)
         made[row["parent_id"] if id_ != run_id else run_id].append(replace(one, children=tuple(reversed(made[id_]))))
     return made[run_id][-1]
 
@@ -378,6 +385,7 @@ def _with_steps(
     row: Mapping[str, Any],
     journal: Sequence[Mapping[str, Any]],
     attempts: Sequence[Mapping[str, Any]],
+    said: Sequence[Mapping[str, Any]],
     payloads: Payloads,
 ) -> RunSnapshot:
     """The run with what its journal and its frame say of its steps."""
@@ -395,7 +403,25 @@ def _with_steps(
     for step_id, begun in ({} if run.ended else codec.frame(row["frame"], payloads)).items():
         known[step_id] = _begun(step_id, begun, entries.get(step_id), last.get(step_id), payloads, can_run=can_run)
         parents.setdefault(step_id, parent_of(step_id))
+    for report in said:
+        _add_progress(known, parents, entries, report["step_id"], payloads.load(report["body"]))
     return replace(run, results=results, steps=_nested(known, parents), not_undone=run.not_undone or failed)
+
+
+def _add_progress(
+    known: dict[str, StepSnapshot],
+    parents: dict[str, str | None],
+    entries: Mapping[str, StepSnapshot],
+    step_id: str,
+    said: Mapping[str, Any],
+) -> None:
+    """What a step says of itself while it runs. One that holds the run's row is not to be seen otherwise."""
+    if step_id in entries:
+        return
+    step = known.get(step_id) or StepSnapshot(step_id, _kind(step_id, None), "running")
+    if step.status == "running":
+        known[step_id] = replace(step, progress=said)
+        parents.setdefault(step_id, parent_of(step_id))
 
 
 def _entry(row: Mapping[str, Any], payloads: Payloads) -> StepSnapshot:
@@ -409,7 +435,6 @@ def _entry(row: Mapping[str, Any], payloads: Payloads) -> StepSnapshot:
         result=None if suspended else value,
         snapshot=value if suspended else None,
         error=error_info(payloads.load(row["error"])),
-        progress=extra.get("progress"),
         started_at=row["started_at"],
         finished_at=None if suspended else row["finished_at"],
     )

@@ -304,6 +304,12 @@ with gone as (
 select count(*) from gone
 """)
 
+    drop_stale_progress = statement("""
+-- what steps said of themselves that ended long ago
+with gone as (delete from {schema}.progress where at < (select {schema}.engine_now()) - interval '1 day' returning 1)
+select count(*) from gone
+""")
+
     purge = statement("""
 -- whole trees that have ended, if each run of them could be locked: else a retry or a rollback begins there
 with roots as materialized (
@@ -326,6 +332,7 @@ with roots as materialized (
    c as (delete from {schema}.attempts where run_id = any ((select list from ids)::uuid[])),
    d as (delete from {schema}.events where run_id = any ((select list from ids)::uuid[])),
    e as (delete from {schema}.waiters where run_id = any ((select list from ids)::uuid[])),
+   p as (delete from {schema}.progress where run_id = any ((select list from ids)::uuid[])),
    f as (delete from {schema}.runs where id = any ((select list from ids)::uuid[]))
 select cardinality(list) from ids
 """)
@@ -557,6 +564,11 @@ async def register_waiter(db: Store, connection: Connection, run_id: uuid.UUID, 
 async def drop_stale_waiters(db: Store, connection: Connection) -> int:
     """Delete registrations older than an hour, whose waiters are gone; one that still polls is not hurt."""
     return int(await _value(db, connection, "drop_stale_waiters"))
+
+
+async def drop_stale_progress(db: Store, connection: Connection) -> int:
+    """Delete reports of progress that nobody has renewed for a day."""
+    return int(await _value(db, connection, "drop_stale_progress"))
 
 
 # ---------------------------------------------------------------- purge

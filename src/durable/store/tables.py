@@ -207,6 +207,17 @@ waiters = sa.Table(
     prefixes=["UNLOGGED"],
 )
 
+progress = sa.Table(
+    "progress",
+    metadata,
+    # What executing steps last said of themselves: beside the run, whose row they may hold. Not worth a log.
+    sa.Column("run_id", sa.Uuid, primary_key=True),
+    sa.Column("step_id", sa.Text, primary_key=True),
+    sa.Column("body", JSON, nullable=False),
+    _time("at", nullable=False),
+    prefixes=["UNLOGGED"],
+)
+
 clock = sa.Table(
     "clock",
     metadata,

@@ -1,0 +1,611 @@
+"""The world around the pure core, in memory: rows, jobs, messages, time, and workers that die.
+
+It holds what the core's decisions are written to, refuses what the database would refuse, and wakes a run only by what
+would wake it there: a continuation of its revision, a doorbell for a message that nobody has seen, a timer. So a lost
+wake-up is a run that rests although `plan` has something to do; `World.drain` ends with that check.
+
+User code is called by the engine's own scripts, without its event loop. It is no database: nothing runs at once.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal, cast
+
+from durable.core import control
+from durable.core.crash import claimed, died
+from durable.core.graph import go_on, plan
+from durable.core.settle import Ended, settle
+from durable.core.state import REQUESTS, Claim, Entry, Message, MessageKind, Run, View
+from durable.core.transition import (
+    Call,
+    ChildStart,
+    Decision,
+    FailedAttempt,
+    Fanout,
+    Interrupted,
+    Limits,
+    Next,
+    Outcome,
+    Outgoing,
+    Purpose,
+    Transition,
+)
+from durable.define.builder import Builder
+from durable.define.payload import ANY
+from durable.define.registry import Registry
+from durable.engine.calls import _iteration, _single, failed_attempt
+from durable.engine.context import StepContext
+from durable.errors import StepTimeout
+from durable.store import codec
+from durable.store.codec import Payloads
+from durable.values import MOVES, Status, WaitingFor
+
+START: Final = datetime(2026, 1, 1, tzinfo=UTC)
+ROOM: Final = 3_000
+"""Jobs that one drain may take: more is a run that never rests."""
+
+_PLAIN = Payloads()
+_TOP_LEVEL = frozenset({"step", "parallel", "route", "loop", "sleep", "signal", "child"})
+_RUNNABLE = (Status.PENDING, Status.RUNNING, Status.COMPENSATING)
+
+
+class Crash(BaseException):
+    """The worker is killed."""
+
+
+class Refused(AssertionError):
+    """The database would refuse this write."""
+
+
+@dataclass
+class Sim:
+    """One run: its row and all that belongs to it."""
+
+    world: World
+    run: Run
+    journal: dict[str, Entry] = field(default_factory=dict)
+    inbox: list[Message] = field(default_factory=list)
+    taken: dict[int, str | None] = field(default_factory=dict)
+    message_ids: set[str] = field(default_factory=set)
+    attempts: list[FailedAttempt] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+    busy: bool = False  # its row is locked
+
+    @property
+    def id(self) -> uuid.UUID:
+        return self.run.id
+
+    @property
+    def status(self) -> Status:
+        return self.run.status
+
+    @property
+    def statuses(self) -> list[str]:
+        """The statuses that it went through."""
+        went = [Status.PENDING, *(t.after.status for t in self.transitions)]
+        return [now.value for before, now in zip([None, *went], went, strict=False) if before is not now]
+
+    @property
+    def result(self) -> Any:
+        """What ``run.result()`` gives, as plain JSON: read from the message that a parent would get."""
+        assert self.status is Status.COMPLETED, (self.status, self.run.error)
+        computed = self.journal.get("run:result")
+        if computed is not None:
+            return json.loads(computed.result or "null")
+        workflow = self.view.workflow
+        assert workflow is not None
+        return {node.name: self.value(node.name) for node in workflow.nodes}
+
+    @property
+    def error(self) -> str:
+        """``JoinFailed: ...``"""
+        assert self.run.error is not None
+        return f"{self.run.error.type.rpartition('.')[2]}: {self.run.error.message}"
+
+    @property
+    def not_undone(self) -> list[str]:
+        assert self.run.error is not None
+        return [left["step"] for left in (self.run.error.details or {}).get("not_undone", ())]
+
+    @property
+    def view(self) -> View:
+        workflow = self.world.registry.find(self.run.workflow, self.run.version)
+        return View(self.run, workflow, self.world.registry, dict(self.journal), tuple(self.inbox))
+
+    def value(self, step_id: str) -> Any:
+        return json.loads(self.journal[step_id].result or "null")
+
+    def waits(self) -> tuple[WaitingFor | None, str | None]:
+        return self.run.waiting_for, self.run.waiting_name
+
+    def keys(self, status: str = "completed") -> list[str]:
+        return [entry.step_id for entry in self.journal.values() if entry.status == status]
+
+    def undone(self) -> list[str]:
+        return [key.removeprefix("undo:") for key in self.journal if key.startswith("undo:")]
+
+    def rest(self) -> timedelta:
+        """How long it still waits."""
+        assert self.run.wake_at is not None
+        return self.run.wake_at - self.world.now
+
+    # -- what app code does
+
+    def signal(self, name: str, body: Any = None, *, id: str | None = None) -> bool:  # noqa: A002  # the facade's word
+        text = None if body is None else ANY.dump(body)
+        return self.world.send(self.id, MessageKind.SIGNAL, name, text, id) == "sent"
+
+    def resume(self, name: str | None = None, data: Any = None) -> bool:
+        """Strict, with a name; without one the other half of pause."""
+        if name is None:
+            return self._ask(MessageKind.RESUME)
+        if self.busy or not (self.status in (Status.SUSPENDED, Status.PAUSED) or self.run.claim is not None):
+            return False
+        waiting = [b for b in self.run.frame.values() if b.waits in (WaitingFor.SIGNAL, WaitingFor.RESUME)]
+        there = [m for m in self.inbox if m.kind is MessageKind.SIGNAL and m.name == name]
+        return len([b for b in waiting if b.name == name]) > len(there) and self.signal(name, data)
+
+    def pause(self) -> bool:
+        return self._ask(MessageKind.PAUSE)
+
+    def cancel(self, reason: str | None = None, *, compensate: bool = False) -> bool:
+        return self._ask(MessageKind.CANCEL, json.dumps({"reason": reason, "compensate": compensate}))
+
+    def retry(self) -> str:
+        if self.status is Status.FAILED and control.was_undone(self.view):
+            return "undone"
+        transition = control.retry(self.view, self.world.now)
+        if transition is None:
+            return "refused"
+        self.apply(transition)
+        return "accepted"
+
+    def _ask(self, kind: MessageKind, body: str | None = None) -> bool:
+        if self.busy or any(message.kind in REQUESTS for message in self.inbox):
+            return self.world.send(self.id, kind, None, body) == "sent"
+        if not control.takes_effect(self.run, kind):
+            return False
+        request = Message(0, kind, None, body, self.world.now)
+        self.apply(control.apply(self.view, request, self.world.now))
+        return True
+
+    # -- what the database does
+
+    def apply(self, transition: Transition, view: View | None = None) -> None:
+        """Write `transition`, decided from `view`."""
+        before, after = self.run, transition.after
+        self._check_move(transition)
+        for step_id in transition.forget:
+            if self.journal[step_id].status == "failed":
+                del self.journal[step_id]
+        for entry in transition.entries:
+            self._write(entry)
+        self._take(transition, view)
+        self.attempts += transition.attempts
+        self.run = after
+        self.transitions.append(transition)
+        self._check_row()
+        self._check_next(transition, before)
+        for message in transition.outgoing:
+            self.world.outgoing.append(message)
+            self.world.send(message.run_id, message.kind, message.name, message.body, message.id)
+        for child in transition.children:
+            self.world.start_child(self.run, child)
+        if transition.next is not None:
+            self.world.jobs.append(Job(self.id, transition.next, after.revision))
+        self.world.check_invariants(self)
+
+    def _check_move(self, transition: Transition) -> None:
+        before, after = transition.before, transition.after
+        _holds(before.revision == self.run.revision, "stale revision")
+        _holds(after.revision == before.revision + 1, "the revision is raised by one")
+        _holds(before == self.run or before == replace(self.run, claim=None), "before is the row as it stands")
+        moved = after.status is before.status or after.status in MOVES[before.status]
+        _holds(moved, f"no move from {before.status} to {after.status}")
+        fixed = ("id", "workflow", "version", "input", "queue", "created_at", "parent_id", "parent_step", "key", "tags")
+        _holds(all(getattr(before, name) == getattr(after, name) for name in fixed), "facts never change")
+
+    def _write(self, entry: Entry) -> None:
+        _holds(entry.seq == 0, "seq is the database's")
+        _holds(entry.status != "failed" or entry.error is not None, "a failed entry says why")
+        existing = self.journal.get(entry.step_id)
+        _holds(existing is None or existing.status == "suspended", f"{entry.step_id} has an entry already")
+        _holds(entry.extra is None or json.loads(json.dumps(entry.extra)) == entry.extra, "extra is JSON")
+        for text in (entry.result, (entry.extra or {}).get("next")):
+            _holds(text is None or json.loads(text) is not Ellipsis, "JSON")
+        self.journal.pop(entry.step_id, None)
+        self.world.seq += 1
+        self.journal[entry.step_id] = replace(entry, seq=self.world.seq)
+
+    def _take(self, transition: Transition, view: View | None) -> None:
+        taken = transition.taken or {}
+        there = {message.seq for message in self.inbox}
+        _holds(set(taken) <= there, "a message is taken once")
+        self.taken |= taken
+        seen = {message.seq for message in view.inbox} if view is not None else set()
+        self.inbox = [
+            replace(message, fresh=message.fresh and message.seq not in seen)
+            for message in self.inbox
+            if message.seq not in taken
+        ]
+
+    def _check_row(self) -> None:
+        run = self.run
+        ended = run.status.ended
+        _holds(ended == (run.finished_at is not None), "finished_at")
+        _holds(run.status is not Status.SUSPENDED or run.waiting_for is not None, "suspended says why")
+        _holds(not ended or (run.wake_at is None and run.waiting_for is None), "ended waits not")
+        _holds(run.claim is None or run.status in _RUNNABLE, "claimed is active")
+        _holds(run.status is not Status.COMPENSATING or run.ending is not None, "compensating says how it ends")
+        _holds(codec.frame(codec.frame_text(run.frame, _PLAIN), _PLAIN) == run.frame, "the frame is stored as it is")
+        _holds(codec.ending(codec.ending_text(run.ending, _PLAIN), _PLAIN) == run.ending, "so is the ending")
+
+    def _check_next(self, transition: Transition, before: Run) -> None:
+        after = transition.after
+        asked = any(message.kind in REQUESTS for message in self.inbox)
+        if after.claim is not None:
+            return _holds(transition.next is None, "a claimed run is its owner's")
+        if after.status in _RUNNABLE and after.waiting_for is None:
+            return _holds(transition.next is Next.of(after.status), "a runnable run has a continuation")
+        if after.status.ended or after.status is Status.PAUSED:
+            return _holds(transition.next is None or asked, "a run that rests has none")
+        woken = self.inbox or after.pausing or before.pausing or after.ending or before.status is Status.PAUSED
+        return _holds(transition.next is None or bool(woken), "a parked run has none")
+
+
+@dataclass(frozen=True)
+class Job:
+    run_id: uuid.UUID
+    kind: Next | None  # None: a doorbell
+    revision: int | None = None
+
+
+class World:
+    """All runs, the queue, the clock, one worker."""
+
+    def __init__(
+        self,
+        *workflows: Builder[Any],
+        max_crashes: int = 5,
+        chance: float = 0.5,
+        interrupts: bool = True,
+        order: Callable[[list[str]], int] = lambda flights: 0,
+    ) -> None:
+        self.registry = Registry()
+        for workflow in workflows:
+            self.registry.add(workflow)
+        self.limits = Limits(max_crashes, chance)
+        self.interrupts = interrupts  # async handlers: a cancel ends them
+        self.order = order  # which of the flights of a claim ends next
+        self.now = START
+        self.seq = 0
+        self.runs: dict[uuid.UUID, Sim] = {}
+        self.jobs: list[Job] = []
+        self.outgoing: list[Outgoing] = []
+        self.points = 0
+        self.crash_at: set[int] = set()
+        self.crashes = 0
+
+    # -- what starts and wakes runs
+
+    def start(
+        self,
+        workflow: str | Builder[Any],
+        input: Any = None,  # noqa: A002  # the facade's word
+        *,
+        version: str | None = None,
+        timeout: float | None = None,
+        delay: float | None = None,
+    ) -> Sim:
+        name = workflow if isinstance(workflow, str) else workflow.name
+        definition = self.registry.latest(name)
+        text = ANY.dump(input) if definition is None else definition.input.dump(input)
+        version = version or (definition.version if definition else "1")
+        id_ = uuid.uuid5(uuid.NAMESPACE_OID, str(len(self.runs)))
+        begins = self.now + timedelta(seconds=delay or 0)
+        run = Run(id_, name, version, Status.PENDING, 0, 0, text, "default", self.now)
+        if timeout is not None:
+            run = replace(run, deadline=begins + timedelta(seconds=timeout))
+        if delay:
+            run = replace(run, waiting_for=WaitingFor.START, wake_at=begins)
+        return self._insert(run)
+
+    def start_child(self, parent: Run, child: ChildStart) -> None:
+        if child.id in self.runs:
+            raise Refused("the child's id is taken")
+        run = Run(child.id, child.workflow, child.version, Status.PENDING, 0, 0, child.input, "default", self.now)
+        self._insert(replace(run, parent_id=parent.id, parent_step=child.parent_step, deadline=parent.deadline))
+
+    def _insert(self, run: Run) -> Sim:
+        self.runs[run.id] = sim = Sim(self, run)
+        if run.waiting_for is None:
+            self.jobs.append(Job(run.id, Next.ADVANCE, 0))
+        return sim
+
+    def child(self, parent: Sim, step: str) -> Sim:
+        """The newest child of a step."""
+        return [sim for sim in self.runs.values() if sim.run.parent_id == parent.id and sim.run.parent_step == step][-1]
+
+    def send(
+        self, run_id: uuid.UUID, kind: MessageKind, name: str | None, body: str | None, id_: str | None = None
+    ) -> Literal["sent", "duplicate", "finished", "unknown"]:
+        sim = self.runs.get(run_id)
+        if sim is None:
+            return "unknown"
+        rollback = sim.status is Status.COMPLETED and kind is MessageKind.ROLLBACK
+        if sim.status.ended and not rollback:
+            return "duplicate" if id_ in sim.message_ids else "finished"
+        if id_ is not None and id_ in sim.message_ids:
+            return "duplicate"
+        if id_ is not None:
+            sim.message_ids.add(id_)
+        self.seq += 1
+        sim.inbox.append(Message(self.seq, kind, name, body, self.now))
+        self.jobs.append(Job(run_id, None))
+        return "sent"
+
+    def skip(self, seconds: float = 0, **units: float) -> None:
+        """Move the clock, put back what falls due, and drain."""
+        self.now += timedelta(seconds=seconds, **units)
+        self.drain()
+
+    def put_back_due(self) -> None:
+        for sim in self.runs.values():
+            run = sim.run
+            waits = run.status in (Status.PENDING, Status.SUSPENDED, Status.COMPENSATING) and run.claim is None
+            if waits and run.wake_at is not None and run.wake_at <= self.now and not self._has_job(run):
+                self.jobs.append(Job(run.id, Next.of(run.status), run.revision))
+
+    def put_back_known(self) -> None:
+        """What a worker that knows more does for runs that were parked for want of a definition."""
+        for sim in self.runs.values():
+            if sim.run.waiting_for is WaitingFor.DEFINITION and sim.status is not Status.PAUSED:
+                self.jobs.append(Job(sim.id, Next.of(sim.status), sim.run.revision))
+
+    def recover(self) -> None:
+        """The sweep, after a crash."""
+        for sim in self.runs.values():
+            run = sim.run
+            if any(message.fresh for message in sim.inbox) and not run.status.ended:
+                self.jobs.append(Job(run.id, None))
+            free = run.status in _RUNNABLE and run.waiting_for is None and run.claim is None
+            if free and not self._has_job(run):
+                self.jobs.append(Job(run.id, Next.of(run.status), run.revision))
+
+    def _has_job(self, run: Run) -> bool:
+        return any(job.run_id == run.id and job.revision == run.revision for job in self.jobs)
+
+    # -- the worker
+
+    def drain(self, jobs: int = ROOM) -> None:
+        """Run everything that can run now; with `jobs`, stop after so many, as a worker that is stopped would."""
+        stop_early = jobs < ROOM
+        for _ in range(jobs):
+            if not self.jobs:
+                self.put_back_due()
+            if not self.jobs:
+                return self.check_rest()
+            self._work(self.jobs.pop(0))
+        if not stop_early:
+            raise AssertionError("it never rests")
+
+    def drive(self, times: int = 60) -> None:
+        """Drain, moving the clock on to each run's time, until nothing waits for a time any more."""
+        for _ in range(times):
+            self.drain()
+            wakes = [
+                sim.run.wake_at for sim in self.runs.values() if sim.run.wake_at and sim.status is not Status.PAUSED
+            ]
+            if not wakes:
+                return
+            self.now = max(self.now, min(wakes))
+        raise AssertionError("it is due for ever")
+
+    def _work(self, job: Job) -> None:
+        sim = self.runs[job.run_id]
+        try:
+            self._point()
+            if job.kind is None:
+                self._deliver(sim)
+            elif sim.run.revision == job.revision and sim.run.claim is None:
+                self._take_further(sim)
+        except Crash:
+            self.crashes += 1
+            sim.busy = False
+            self._take_over(sim, job)
+            self.recover()
+
+    def _deliver(self, sim: Sim) -> None:
+        if any(message.fresh for message in sim.inbox):
+            self._take_further(sim)
+
+    def _take_further(self, sim: Sim) -> None:
+        view = sim.view
+        match self.plan(view):
+            case Transition() as transition:
+                self._commit(sim, transition, view)
+            case Call(claims_first=False) as call:
+                self._execute(sim, view, call)
+            case Call() | Fanout() as work:
+                self._own(sim, view, work)
+            case None:
+                sim.inbox = [replace(message, fresh=False) for message in sim.inbox]
+
+    def plan(self, view: View, running: frozenset[str] = frozenset()) -> Decision:
+        decided = plan(view, self.now, self.limits, running)
+        assert plan(view, self.now, self.limits, running) == decided, "the same question has the same answer"
+        return decided
+
+    def _commit(self, sim: Sim, transition: Transition, view: View) -> None:
+        self._point()
+        sim.apply(transition, view)
+        self._point()
+
+    def _execute(self, sim: Sim, view: View, call: Call) -> None:
+        started = self.now
+        with self._locked(sim):
+            outcome = self.call(call, view)
+            self._point()
+            ended = Ended(call, outcome, started, self.now)
+            transition = settle(view, ended, self.limits)
+            if transition.ends:
+                view = replace(view, inbox=tuple(sim.inbox))
+                transition = settle(view, ended, self.limits)
+            self._commit(sim, transition, view)
+
+    @contextmanager
+    def _locked(self, sim: Sim) -> Iterator[None]:
+        sim.busy = True
+        try:
+            yield
+        finally:
+            sim.busy = False
+
+    def _own(self, sim: Sim, view: View, work: Call | Fanout) -> None:
+        """A claim, and all that happens under it."""
+        claim = Claim(1, uuid.uuid5(sim.id, str(sim.run.revision)))
+        self._commit(sim, claimed(view, self.now, claim, work.calls), view)
+        flights = {call.step_id: (call, sim.view, self.now) for call in work.calls}
+        while sim.run.claim == claim:
+            view = sim.view
+            match self.plan(view, frozenset(flights)):
+                case Transition() as transition:
+                    self._commit(sim, transition, view)
+                case Call() | Fanout() as more:
+                    self._commit(sim, claimed(view, self.now, claim, more.calls), view)
+                    flights |= {call.step_id: (call, sim.view, self.now) for call in more.calls}
+                case None:
+                    assert flights, "an owner with nothing to do lets go"
+                    step_id = list(flights)[self.order(list(flights))]
+                    self._land(sim, claim, *flights[step_id])
+                    del flights[step_id]
+
+    def _land(self, sim: Sim, claim: Claim, call: Call, view: View, started: datetime) -> None:
+        canceled = sim.run.ending is not None and sim.status is not Status.COMPENSATING
+        outcome: Outcome = Interrupted("cancel") if canceled and self.interrupts else self.call(call, view)
+        self._point()
+        if sim.run.claim != claim:
+            return  # discarded
+        view = sim.view
+        self._commit(sim, settle(view, Ended(call, outcome, started, self.now), self.limits), view)
+
+    def _take_over(self, sim: Sim, job: Job) -> None:
+        """What the sweep makes of the death of the worker that had `job`."""
+        run = sim.run
+        if run.claim is None:
+            over = run.status.ended or run.status is Status.PAUSED
+            if over or (self._has_job(run) and job.revision != run.revision):
+                return
+        view = sim.view
+        transition = died(view, self.now, self.limits)
+        if transition is not None:
+            sim.apply(transition, view)
+
+    def hand_back(self, sim: Sim) -> None:
+        """The owner ends in order, between two steps."""
+        sim.apply(go_on(sim.view, self.now), sim.view)
+
+    # -- user code
+
+    def call(self, call: Call, view: View) -> Outcome:
+        """Run one attempt."""
+        self._point()
+        ctx: StepContext[Any] = StepContext(call, view, lending=cast(Any, None), cancelled=threading.Event())
+        limits = [call.work.timeout] if call.work.timeout is not None else []
+        if call.deadline is not None:
+            limits.append(max(0.0, (call.deadline - self.now).total_seconds()))
+        limit, began = min(limits, default=None), self.now
+        if limit == 0:
+            return self._timed_out(call, limit)
+        script = _iteration(call, ctx) if call.purpose is Purpose.ITERATION else _single(call, ctx)
+        try:
+            ask = next(script)
+            while True:
+                try:
+                    answer = ask.fn(*ask.args)
+                except Crash:
+                    raise
+                except BaseException as error:
+                    ask = script.throw(error)
+                else:
+                    ask = script.send(answer)
+        except StopIteration as done:
+            outcome = cast(Outcome, done.value)
+        except Crash:
+            raise
+        except BaseException as error:
+            outcome = failed_attempt(call, error)
+        if limit is not None and self.now - began > timedelta(seconds=limit):
+            return self._timed_out(call, limit)
+        return outcome
+
+    def _timed_out(self, call: Call, limit: float) -> Outcome:
+        return failed_attempt(call, StepTimeout(call.step_id, timeout=limit, attempts=call.attempt), kind="timeout")
+
+    def _point(self) -> None:
+        self.points += 1
+        if self.points in self.crash_at:
+            raise Crash
+
+    # -- what must hold
+
+    def check_rest(self) -> None:
+        """No job is left: no run has anything to do, and none is due for ever."""
+        for sim in self.runs.values():
+            assert sim.run.claim is None
+            assert sim.status is not Status.PENDING or sim.run.waiting_for is WaitingFor.START
+            assert sim.status is not Status.RUNNING
+            decided = self.plan(sim.view)
+            assert decided is None, f"a wake-up was lost: {sim.run.workflow} {sim.status} {sim.waits()} -> {decided}"
+            due = sim.run.wake_at is not None and sim.run.wake_at <= self.now
+            assert not due or sim.status is Status.PAUSED, f"due for ever: {sim.waits()}"
+
+    def check_invariants(self, sim: Sim) -> None:
+        run, journal = sim.run, sim.journal.values()
+        top = [e for e in journal if e.parent is None and e.kind.value in _TOP_LEVEL and e.status == "completed"]
+        late = (
+            1 if run.status in (Status.COMPENSATING, Status.FAILED, Status.CANCELED) else 0
+        )  # a child's, to be undone
+        assert run.current_step <= len(top) <= run.current_step + late, "the cursor counts the nodes that were passed"
+        if run.status.ended:
+            assert not run.frame, "terminal: nothing pending"
+            assert run.claim is None
+            assert not run.pausing
+        undone = [key.removeprefix("undo:") for key in sim.journal if key.startswith("undo:")]
+        seqs = [sim.journal[key].seq for key in undone]
+        assert seqs == sorted(seqs, reverse=True), "undone in reverse order"
+        if run.status is Status.SUSPENDED:
+            awaits = run.waiting_for not in (WaitingFor.RETRY, WaitingFor.SLEEP, WaitingFor.START)
+            assert run.wake_at is not None or awaits, "it waits for a time, or for a message or a person"
+
+
+def _holds(fact: bool, what: str) -> None:
+    if not fact:
+        raise Refused(what)
+
+
+def once(*outcomes: Any) -> Callable[[Any], Any]:
+    """A handler that answers these one by one (the last again and again); exceptions are raised. `calls` counts."""
+    state: dict[str, int] = {"calls": 0}
+
+    def handler(ctx: Any) -> Any:
+        outcome = outcomes[min(state["calls"], len(outcomes) - 1)]
+        state["calls"] += 1
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome(ctx) if callable(outcome) else outcome
+
+    handler.state = state  # type: ignore[attr-defined]
+    return handler
+
+
+def calls(handler: Any) -> int:
+    """How often a handler of `once` was called."""
+    return cast(int, cast(Mapping[str, int], handler.state)["calls"])
