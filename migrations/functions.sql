@@ -127,7 +127,7 @@ begin
       select g.place, r.*
       from given g,
         start_run(
-          g.id, g.workflow, g.version, g.input, g.input_hash, g.queue, g.key, coalesce(g.tags, '{}'),
+          g.id, g.workflow, g.version, coalesce(g.input, 'null'), g.input_hash, g.queue, g.key, coalesce(g.tags, '{}'),
           coalesce(g.priority, 0), g.delay, g.timeout
         ) r
     )

@@ -147,6 +147,11 @@ async def test_start_many_keeps_order_text_and_rules(store: Store, connection: C
     assert await go(operations.start_many(store, []), connection) == []
 
 
+async def test_start_many_takes_runs_without_input(store: Store, connection: Connection) -> None:
+    [run] = await go(operations.start_many(store, [new(input="null")]), connection)
+    assert (await read(store, connection, run.id)).input == "null"
+
+
 async def test_start_many_and_start_are_one_round_trip_and_agree(store: Store, connection: Connection) -> None:
     found = await go(operations.start_many(store, [new() for _ in range(1000)]), connection)
     assert len({run.id for run in found}) == 1000

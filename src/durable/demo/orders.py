@@ -85,6 +85,10 @@ class CardDeclined(NonRetryable):
     pass
 
 
+class MailRefused(NonRetryable):
+    pass
+
+
 # ---------------------------------------------------------------- the steps
 
 
@@ -183,7 +187,7 @@ def recall(ctx: StepContext[Order]) -> None:
 async def notify(ctx: StepContext[Order]) -> None:
     """The mail server is somebody else's: it may be called twice for one order, and delivers once."""
     if ctx.input.email.endswith("@bounce.example"):
-        raise NonRetryable(f"the mail server refuses {ctx.input.email}")
+        raise MailRefused(f"the mail server refuses {ctx.input.email}")
     await shop.mail(ctx.app.store.dsn, ctx.idempotency_key, ctx.input.batch, ctx.input.id)
 
 
