@@ -77,7 +77,7 @@ class Engine(Desk):
         self.options, self.worker = options, worker
         self.caller = Caller(max_threads=options.concurrency, app=app, check=store.payloads.check)
         self.slots = Slots(max(1, options.pool_size - 2))
-        self.suspects = Suspects()
+        self.suspects = Suspects(options.max_crashes)
         self.alarms: asyncio.Queue[datetime] = asyncio.Queue()
         self.stopping = False
         self.journaled = 0

@@ -1,4 +1,9 @@
-"""Steps that were running when their worker died: one at a time in a worker, so that a killer is soon charged alone."""
+"""Steps that were running when their worker died, again: one at a time in a worker, so that a killer is charged alone.
+
+The first crash makes nobody a suspect: it mostly comes from outside (a deploy, the kernel's out-of-memory killer), and
+twenty long steps that were taken over together must not have to wait for each other. The second one does, and so does
+any crash after which the next would fail the step.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,16 @@ from durable.core.transition import Call, Fanout
 
 
 class Suspects:
-    def __init__(self) -> None:
+    """Which run a worker watches, if it watches one. `max_crashes`: how many crashes fail a step."""
+
+    def __init__(self, max_crashes: int) -> None:
+        self._from = max(1, min(2, max_crashes - 1))
         self._running: uuid.UUID | None = None
 
     @contextmanager
     def admit(self, run_id: uuid.UUID, work: Call | Fanout) -> Iterator[bool]:
         """True if `work` may run now; a suspect keeps others out until the block ends."""
-        if not any(call.crashes for call in work.calls):
+        if all(call.crashes < self._from for call in work.calls):
             yield True
         elif self._running is not None:
             yield False
