@@ -29,6 +29,7 @@ from durable.errors import (
     LoopLimitExceeded,
     NonRetryable,
     PayloadError,
+    RetryRefused,
     RunCanceled,
     RunExists,
     RunFailed,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from durable.define.nodes import Workflow
     from durable.durable import AsyncDurable, Durable
     from durable.engine.context import StepContext
-    from durable.handles import AsyncRun, ResumeResult, RetryRefused, Run, Start
+    from durable.handles import AsyncRun, ResumeResult, Run, Start
     from durable.snapshots import ErrorInfo, HistoryEvent, Page, RunSnapshot, RunStatus, StepSnapshot
 
 __version__ = "0.1.0"
@@ -62,7 +63,6 @@ _LATE: Final = {
     "HistoryEvent": "durable.snapshots",
     "Page": "durable.snapshots",
     "ResumeResult": "durable.handles",
-    "RetryRefused": "durable.handles",
     "Run": "durable.handles",
     "RunSnapshot": "durable.snapshots",
     "RunStatus": "durable.snapshots",

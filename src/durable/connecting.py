@@ -77,7 +77,7 @@ class Link:
         self.pool = store.open_pool(wanted.pool_size, application_name="durable app", min_size=0)
         self.pool.timeout = PATIENCE
         self.desk = AppDesk(store, registry, self.pool, max_crashes=wanted.max_crashes)
-        self.endings = Endings(store, self.connection, wanted.queue)
+        self.endings = Endings(store, self.connection)
 
     async def open(self) -> None:
         await self.pool.open()

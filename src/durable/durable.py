@@ -37,8 +37,8 @@ from durable.engine import recover as recovery
 from durable.engine import requests
 from durable.engine.desk import Desk
 from durable.engine.engine import Options
-from durable.errors import PayloadError, RunCanceled, RunExists, RunFailed, RunNotFound, SchemaMismatch
-from durable.handles import AsyncRun, ResumeResult, RetryRefused, Run, Start
+from durable.errors import PayloadError, RetryRefused, RunCanceled, RunExists, RunFailed, RunNotFound, SchemaMismatch
+from durable.handles import AsyncRun, ResumeResult, Run, Start
 from durable.portal import Portal, close_at_exit, refuse_running_loop
 from durable.snapshots import ErrorInfo, HistoryEvent, Page, RunSnapshot
 from durable.store import operations, read, sweep

@@ -148,6 +148,10 @@ class RunFailed(DurableError):
         super().__init__(f"{place} failed: {_text(self.error)}{rest} (`durable history {run_id}` shows every attempt)")
 
 
+class RetryRefused(DurableError):
+    """``retry`` can't take the run up again: it has not failed, or entries of it were undone."""
+
+
 class RunCanceled(DurableError):
     """The run was canceled; raised by ``result()``. `reason` is what ``cancel`` was given."""
 

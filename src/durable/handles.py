@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from durable.arguments import RunId, Seconds, Tag
-from durable.errors import DurableError
 from durable.snapshots import HistoryEvent, RunSnapshot
 from durable.values import Status
 
@@ -42,10 +41,6 @@ class ResumeResult:
 
     def __bool__(self) -> bool:
         return self.accepted
-
-
-class RetryRefused(DurableError):
-    """``retry`` can't take the run up again: it has not failed, or entries of it were undone."""
 
 
 class _Handle:

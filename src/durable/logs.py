@@ -1,7 +1,7 @@
 """Logging through the standard library: what every record carries, and two ways to write it down.
 
-A record that is made inside a run has the attributes ``run``, ``workflow``, ``step`` and ``attempt``, as far as they are
-known: from ``extra=``, as ``ctx.logger`` and the engine give them, or else from the block of :func:`inside` around it,
+A record that is made inside a run has the attributes ``run``, ``workflow``, ``step`` and ``attempt``, as far as those
+are known: from ``extra=``, as ``ctx.logger`` and the engine give them, or else from the block of :func:`inside` around it,
 which reaches the loggers of libraries too. :class:`RunFilter` adds the latter; both formatters show them.
 
 An app with a logging set-up of its own takes the filter and a formatter from here::
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import IO, Any, Final, Literal, get_args
 
 from durable.errors import ConfigurationError
@@ -30,7 +31,7 @@ FACTS: Final = ("run", "workflow", "step", "attempt")
 
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
-_inside: ContextVar[Mapping[str, Any]] = ContextVar("durable_inside", default={})
+_inside: ContextVar[Mapping[str, Any]] = ContextVar("durable_inside", default=MappingProxyType({}))  # frozen
 _STANDARD: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"})
 
 

@@ -39,8 +39,8 @@ Borrow: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
 class Endings:
     """Who waits for which runs, on one event loop."""
 
-    def __init__(self, store: Store, borrow: Borrow, queue: str) -> None:
-        self._store, self._borrow, self._queue = store, borrow, queue
+    def __init__(self, store: Store, borrow: Borrow) -> None:
+        self._store, self._borrow = store, borrow
         self._id = uuid.uuid4()
         self._waiting: defaultdict[uuid.UUID, set[asyncio.Event]] = defaultdict(set)
         self._connecting = asyncio.Lock()
@@ -54,7 +54,7 @@ class Endings:
         began = now()
         end = began + timeout if timeout is not None else float("inf")
         found = await self._read(run_id)
-        hints = _Hints(run_id, self._queue)
+        hints = _Hints(run_id)
         listened = -1
         with self._waits(run_id) as told:
             while found is None or not found.status.ended:
@@ -156,7 +156,7 @@ class Endings:
             hints.invisible()
         elif not found.status.ended and not hints.said_unserved:
             async with self._borrow() as connection:
-                hints.served(await sweep.workers_alive(self._store, connection, self._queue))
+                hints.served(found.queue, await sweep.workers_alive(self._store, connection, found.queue))
 
     async def _why(self, run_id: uuid.UUID, timeout: float | None, found: Outcome | None) -> str:
         text = f"run {str(run_id)!r} has not ended within {timeout:g} s: "
@@ -174,21 +174,21 @@ class Endings:
 class _Hints:
     """What the log is told about one waiting, each thing once."""
 
-    def __init__(self, run_id: uuid.UUID, queue: str) -> None:
-        self._run_id, self._queue = run_id, queue
+    def __init__(self, run_id: uuid.UUID) -> None:
+        self._run_id = run_id
         self._said: set[str] = set()
         self.said_unserved = False
 
     def invisible(self) -> None:
         self._once("waiting for run %s: its start is not committed yet", self._run_id)
 
-    def served(self, workers: int) -> None:
+    def served(self, queue: str, workers: int) -> None:
         self.said_unserved = True
         if workers == 0:
             self._once(
                 "waiting for run %s, but no worker serves the queue %r: start one (`durable worker`, or app.worker())",
                 self._run_id,
-                self._queue,
+                queue,
             )
 
     def lost(self, error: BaseException) -> None:

@@ -301,7 +301,7 @@ async def test_the_default_result_is_put_together_from_texts(store: Store, conne
         Entry('ä "quoted"', EntryKind.SLEEP, "completed", None),
     )
     run = await write(store, connection, run, {"status": Status.RUNNING}, entries=entries)
-    assert await read.outcome(store, connection, run.id) == read.Outcome(Status.RUNNING, "order", "1")
+    assert await read.outcome(store, connection, run.id) == read.Outcome(Status.RUNNING, "order", "1", run.queue)
     await write(store, connection, run, {"status": Status.COMPLETED, "finished_at": await now(connection)})
     outcome = await read.outcome(store, connection, run.id)
     assert outcome.result == '{"z":{"b":1.0, "a":1e400},"build":{"api":1},"ä \\"quoted\\"":null}'

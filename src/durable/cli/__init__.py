@@ -1,4 +1,4 @@
-"""The command line: ``durable COMMAND``. A thin door: every command is an operation of the facade, and prints its answer.
+"""The command line: ``durable COMMAND``. A thin door: each command is an operation of the facade, and prints the answer.
 
 - What was asked for goes to standard output: tables on a terminal, one JSON object a line when piped or with ``-o
   json``. Everything else (which database, hints, errors, logs) goes to standard error.
@@ -43,8 +43,8 @@ def build() -> App:
     app = App(
         name="durable",
         help="Workflows that survive crashes, on PostgreSQL alone.",
-        help_epilogue="The database: --dsn, DURABLE_DATABASE_URL, DATABASE_URL, else an embedded PostgreSQL in ./.durable."
-        "\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 still running.",
+        help_epilogue="The database: --dsn, DURABLE_DATABASE_URL, DATABASE_URL, else an embedded PostgreSQL in "
+        "./.durable.\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 3 still running.",
         version=lambda: metadata.version("durable"),
         result_action="return_value",
         print_error=False,

@@ -1,4 +1,4 @@
-"""``python -m durable.cli``: the command line where no script is installed, as for the processes that a worker starts."""
+"""``python -m durable.cli``: the command line without its script, as for the processes that a worker starts."""
 
 import sys
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from durable.cli import output
 from durable.cli.options import Shared, opened
-from durable.cli.problems import DONE, UsageError, say
+from durable.cli.problems import DONE, UsageError, printable, say
 from durable.cli.reading import duration, json_value
 from durable.durable import AsyncDurable
 
@@ -154,7 +154,7 @@ def _say(shared: Shared, text: str, **facts: object) -> None:
     if shared.json:
         output.print_json(facts)
     else:
-        print(output.printable(text))
+        print(printable(text))
 
 
 async def _refused(app: AsyncDurable, run: str, why: str) -> int:

@@ -33,11 +33,11 @@ async def demo(
     fresh
         Begin with an empty database (the embedded one only); --keep: leave what is there.
     """
-    from durable.demo import stage
+    from durable.demo.stage import Play, perform
 
     if orders < 1 or processes < 2:
         raise UsageError("--orders is at least 1, and --processes at least 2: one is killed")
-    play = stage.Play(
+    play = Play(
         dsn=where.dsn,
         schema=where.schema,
         orders=orders,
@@ -46,4 +46,4 @@ async def demo(
         fresh=fresh,
         json=where.output == "json",
     )
-    return await stage.perform(play)
+    return await perform(play)

@@ -1,4 +1,4 @@
-"""What went wrong, in a line or two on standard error: what, where, what to do. A traceback only for what is our fault."""
+"""What went wrong, in a line or two on standard error: what, where, what to do. A traceback only for our own faults."""
 
 from __future__ import annotations
 

@@ -56,7 +56,9 @@ class Crew:
             for process in self._alive:
                 process.kill()
             os._exit(128 + number)
-        log.info("%s: ending %d processes in order, again to end at once", signal.Signals(number).name, len(self._alive))
+        log.info(
+            "%s: ending %d processes in order, again to end at once", signal.Signals(number).name, len(self._alive)
+        )
         self._stop.set()
         for process in self._alive:
             with suppress(ProcessLookupError):

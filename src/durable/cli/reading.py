@@ -58,7 +58,9 @@ def duration(given: str | None, what: str) -> timedelta | None:
             return timedelta(seconds=sum(float(number) * UNITS[unit] for number, unit in _PART.findall(text)))
     except OverflowError:
         pass
-    raise UsageError(f"{what} is {given!r}: write seconds, or a number with one of {', '.join(UNITS)}, as in 30d or 1h30m")
+    raise UsageError(
+        f"{what} is {given!r}: write seconds, or a number with one of {', '.join(UNITS)}, as in 30d or 1h30m"
+    )
 
 
 def tags(given: Iterable[str]) -> dict[str, Any]:

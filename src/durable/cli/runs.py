@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from durable.cli import output
 from durable.cli.options import Shared, opened
-from durable.cli.problems import DONE, FAILED, STILL_RUNNING, UsageError, say
+from durable.cli.problems import DONE, FAILED, STILL_RUNNING, UsageError, printable, say
 from durable.cli.reading import duration, json_value, tags
 from durable.durable import AsyncDurable
 from durable.errors import RunCanceled, RunFailed
@@ -218,7 +218,7 @@ async def _wait(app: AsyncDurable, shared: Shared, run: str, limit: str | None) 
     else:
         print(run)
         if code == DONE:
-            print(output.printable(output.as_json(result)))
+            print(printable(output.as_json(result)))
     return code
 
 

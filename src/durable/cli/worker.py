@@ -20,7 +20,7 @@ from cyclopts import Parameter
 from durable import logs
 from durable.cli import output
 from durable.cli.options import Shared, connected, find_app
-from durable.cli.problems import DONE, UsageError
+from durable.cli.problems import DONE, UsageError, printable
 from durable.cli.processes import supervise
 from durable.cli.reading import duration
 from durable.durable import AsyncDurable
@@ -102,7 +102,7 @@ def _print_workflows(app: AsyncDurable, *, as_json: bool) -> None:
         if as_json:
             output.print_json({"workflow": workflow.name, "version": workflow.version, "nodes": len(workflow.nodes)})
         else:
-            print(f"serving {output.printable(workflow.name)}, version {output.printable(workflow.version)}")
+            print(f"serving {printable(workflow.name)}, version {printable(workflow.version)}")
     sys.stdout.flush()
 
 

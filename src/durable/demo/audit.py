@@ -1,4 +1,4 @@
-"""Do the books add up? Read from the tables alone: what the engine believes of itself is one side of each comparison."""
+"""Do the books add up? Read from the tables alone; what the engine says of itself is one side of each comparison."""
 
 from __future__ import annotations
 
@@ -90,10 +90,11 @@ def _accounts(rows: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def _product(row: dict[str, Any]) -> Iterator[Finding]:
     if row["initial"] - row["shipped"] != row["on_hand"]:
-        text = f"{row['initial']} - {row['shipped']} shipped = {row['initial'] - row['shipped']}, but {row['on_hand']} left"
+        left = row["initial"] - row["shipped"]
+        text = f"{row['initial']} - {row['shipped']} shipped = {left}, but {row['on_hand']} are left"
         yield Finding("stock", row["sku"], text)
-    if row["reserved"] != row["pending"]:
-        yield Finding("stock", row["sku"], f"{row['reserved']} are reserved, by orders that are still open")
+    if row["reserved"]:
+        yield Finding("stock", row["sku"], f"{row['reserved']} are still reserved")
 
 
 _ORDERS: Final = """
@@ -127,7 +128,8 @@ from orders.payments p left join orders.ledger l on l.batch = p.batch and l.paym
 where p.batch = %(batch)s
 group by p.id, p.kind, p.cents
 having count(l.id) <> 2 or sum(l.cents) <> 0
-  or sum(l.cents) filter (where l.account = 'bank') is distinct from case p.kind when 'charge' then p.cents else -p.cents end
+  or sum(l.cents) filter (where l.account = 'bank')
+    is distinct from case p.kind when 'charge' then p.cents else -p.cents end
 """
 
 _ACCOUNTS: Final = """
@@ -138,7 +140,7 @@ from orders.payments where batch = %(batch)s
 """
 
 _STOCK: Final = """
-select s.sku, s.initial, s.on_hand, s.reserved, 0 as pending,
+select s.sku, s.initial, s.on_hand, s.reserved,
   (select coalesce(sum((h.goods ->> s.sku)::integer), 0) from orders.shipments h
    where h.batch = s.batch and not h.recalled) as shipped
 from orders.stock s where s.batch = %(batch)s order by s.sku

@@ -1,4 +1,4 @@
-"""How a batch stands, in one query: a page of the facade's ``list`` would do, twenty times a second it would be much."""
+"""How a batch stands, in one query: the facade's ``list`` would do, but twenty times a second it would be much."""
 
 from __future__ import annotations
 

@@ -59,12 +59,14 @@ class Screen:
         if time.monotonic() < self._next and standing.ended < standing.total:
             return
         self._next = time.monotonic() + 1
-        parts = [f"{standing.states[state]} {name}" for state, (name, _) in STATES.items() if standing.states.get(state)]
+        parts = [
+            f"{standing.states[state]} {name}" for state, (name, _) in STATES.items() if standing.states.get(state)
+        ]
         self._console.print(f"{seconds:5.1f} s  {', '.join(parts)}")
 
     def conclude(self, outcome: Outcome) -> None:
         if self._json:
-            print(json.dumps(_facts(outcome)))
+            sys.stdout.write(json.dumps(_facts(outcome)) + "\n")
             return
         self._console.print(_endings(outcome.runs))
         self._console.print(_books(outcome))
@@ -103,7 +105,9 @@ def _live_table(standing: Standing, hands: Sequence[Hand], seconds: float) -> Re
 
 
 def _endings(runs: Sequence[RunSnapshot]) -> Table:
-    table = Table("ended", "orders", "at step", "why", box=SIMPLE_HEAD, title="How the runs ended", title_justify="left")
+    table = Table(
+        "ended", "orders", "at step", "why", box=SIMPLE_HEAD, title="How the runs ended", title_justify="left"
+    )
     counted = Counter((run.derived, _step(run), _reason(run)) for run in runs)
     for (state, step, reason), count in sorted(counted.items(), key=lambda one: (one[0][0], -one[1])):
         style = STATES.get(state, ("", "red"))[1]

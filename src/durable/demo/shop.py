@@ -24,7 +24,8 @@ create table if not exists orders.stock (
   primary key (batch, sku), check (reserved between 0 and on_hand));
 create table if not exists orders.payments (
   id bigint generated always as identity primary key, batch text not null, order_id text not null,
-  kind text not null check (kind in ('charge', 'refund')), cents bigint not null, at timestamptz not null default now());
+  kind text not null check (kind in ('charge', 'refund')), cents bigint not null,
+  at timestamptz not null default now());
 create index if not exists payments_order_idx on orders.payments (batch, order_id);
 create table if not exists orders.ledger (
   id bigint generated always as identity primary key, payment_id bigint not null, batch text not null,

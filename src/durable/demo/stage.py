@@ -6,7 +6,6 @@ What happens to the orders is in ``orders.py``. This is what happens around them
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 import uuid
@@ -184,7 +183,9 @@ class _Demo:
             return
         self._crew.kill(victim)
         self._victim, self._held, self._killed_at = victim, busy[victim], time.monotonic()
-        self._view.say(f"kill -9 {victim.pid}: worker {victim.number} dies with {self._held} runs in its hands", alarm=True)
+        self._view.say(
+            f"kill -9 {victim.pid}: worker {victim.number} dies with {self._held} runs in its hands", alarm=True
+        )
 
     async def _see_it_taken_over(self, victim: Hand) -> None:
         if await self._look.held_by(victim.pid):

@@ -135,7 +135,7 @@ class StepContext(Generic[Input]):
         self._report({name: value for name, value in said.items() if value is not None})
 
     def heartbeat(self, details: Any = None) -> None:
-        """Says that the step is alive, and something about it: shown in ``status``. Raises PayloadError as `progress`."""
+        """Says that the step is alive, and something about it, shown as progress is. Raises PayloadError likewise."""
         self._report({"heartbeat": details})
 
     def connection(self) -> Connection:

@@ -94,7 +94,7 @@ from {schema}.inbox where run_id = %(id)s and kind = 'signal' order by seq
 
     outcome = statement("""
 -- how a run ended, with the results of its nodes if it completed
-select r.status, r.workflow, r.version, r.error::text, r.reason, j.step_id, j.kind, j.result::text
+select r.status, r.workflow, r.version, r.queue, r.error::text, r.reason, j.step_id, j.kind, j.result::text
 from {schema}.runs r
 left join {schema}.journal j
   on j.run_id = r.id and r.status = 'completed' and j.parent is null and j.status = 'completed'
@@ -114,6 +114,7 @@ class Outcome:
     status: Status
     workflow: str
     version: str
+    queue: str
     result: JsonText | None = None
     error: ErrorInfo | None = None
     reason: str | None = None
@@ -194,6 +195,7 @@ async def outcome(db: Store, connection: Connection, run_id: uuid.UUID) -> Outco
         Status(first["status"]),
         first["workflow"],
         first["version"],
+        first["queue"],
         result,
         error_info(db.payloads.load(first["error"])),
         first["reason"],
@@ -425,7 +427,7 @@ def _add_progress(
 
 
 def _entry(row: Mapping[str, Any], payloads: Payloads) -> StepSnapshot:
-    value, extra = payloads.load(row["result"]), payloads.load(row["extra"]) or {}
+    value = payloads.load(row["result"])
     suspended = row["status"] == "suspended"
     return StepSnapshot(
         step_id=row["step_id"],
