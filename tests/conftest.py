@@ -72,6 +72,16 @@ def pytest_unconfigure() -> None:
         _server.stop()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have measured: takeover times, counts of kills. No test asserts any of it."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    lines = [text for report in reports for name, text in report.user_properties if name == "measured"]
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
 @dataclass(frozen=True)
 class Base:
     """The server as pytest-postgresql wants to know it."""

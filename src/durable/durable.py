@@ -306,7 +306,7 @@ class AsyncDurable(Defining):
         status = await self._status_of(id_)
         raise RetryRefused(
             f"run {str(id_)!r} can't be retried: it is {status.value}. Only a run that has failed, or is parked for a "
-            "person, can be"
+            f"person, can be{'; `resume` ends a pause' if status is Status.PAUSED else ''}"
         )
 
     # ---------------------------------------------------------------- looking

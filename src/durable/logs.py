@@ -1,8 +1,8 @@
 """Logging through the standard library: what every record carries, and two ways to write it down.
 
 A record that is made inside a run has the attributes ``run``, ``workflow``, ``step`` and ``attempt``, as far as those
-are known: from ``extra=``, as ``ctx.logger`` and the engine give them, or else from the block of :func:`inside` around it,
-which reaches the loggers of libraries too. :class:`RunFilter` adds the latter; both formatters show them.
+are known: from ``extra=``, as ``ctx.logger`` and the engine give them, or else from the :func:`inside` around it, which
+reaches the loggers of libraries too. :class:`RunFilter` adds the latter; both formatters show them.
 
 An app with a logging set-up of its own takes the filter and a formatter from here::
 
@@ -30,6 +30,9 @@ FACTS: Final = ("run", "workflow", "step", "attempt")
 """What a record says of the run in which it was made."""
 
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+
+CHATTY: Final = ("alembic", "asyncio", "procrastinate", "psycopg", "psycopg.pool")
+"""Libraries whose idea of what is worth an INFO is another one: a line a job, a line a plugin."""
 
 _inside: ContextVar[Mapping[str, Any]] = ContextVar("durable_inside", default=MappingProxyType({}))  # frozen
 _STANDARD: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"})
@@ -110,9 +113,8 @@ def configure(format: LogFormat = "text", level: str = "info", *, stream: IO[str
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(level.upper())
-    # The queue has its own idea of what is worth saying: a line a job, and its connections.
     quieter = max(root.level, logging.WARNING) if root.level > logging.DEBUG else logging.DEBUG
-    for name in ("procrastinate", "psycopg", "psycopg.pool", "asyncio"):
+    for name in CHATTY:
         logging.getLogger(name).setLevel(quieter)
 
 

@@ -62,7 +62,7 @@ class WaitingFor(StrEnum):
     CHILD = "child"
     ROLLBACK = "rollback"  # a child that is being rolled back
     DEFINITION = "definition"  # a worker that knows the workflow and version
-    PERSON = "person"  # journal and code disagree, or a step ran out of attempts with on_exhausted="pause"
+    PERSON = "person"  # journal and code disagree
 
 
 @dataclass(frozen=True, slots=True)

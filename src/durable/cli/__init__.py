@@ -1,4 +1,4 @@
-"""The command line: ``durable COMMAND``. A thin door: each command is an operation of the facade, and prints the answer.
+"""The command line: ``durable COMMAND``. A thin door: each command is an operation of the facade, with its answer.
 
 - What was asked for goes to standard output: tables on a terminal, one JSON object a line when piped or with ``-o
   json``. Everything else (which database, hints, errors, logs) goes to standard error.

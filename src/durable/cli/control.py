@@ -85,7 +85,7 @@ async def cancel(
     /,
     *,
     reason: str | None = None,
-    compensate: Annotated[bool, Parameter(negative=())] = False,
+    compensate: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     shared: Shared = Shared(),  # noqa: B008
 ) -> int:
     """Stop a run and its children now. Exits 1 if it has ended already.

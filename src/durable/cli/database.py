@@ -16,8 +16,8 @@ from durable.config import resolve
 
 def migrate(
     *,
-    check: Annotated[bool, Parameter(negative=())] = False,
-    sql: Annotated[bool, Parameter(negative=())] = False,
+    check: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    sql: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     where: Where = Where(),  # noqa: B008  # frozen
 ) -> int:
     """Bring the database to the schema that this version of durable needs. Any number of processes may do it at once.

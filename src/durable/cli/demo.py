@@ -15,7 +15,7 @@ async def demo(
     orders: int = 300,
     seed: int = 0,
     processes: int = 2,
-    fresh: Annotated[bool, Parameter(negative="--keep")] = False,
+    fresh: Annotated[bool, Parameter(negative="--keep", show_default=False)] = False,
     where: Where = Where(),  # noqa: B008  # frozen
 ) -> int:
     """Orders of a tea shop, two worker processes, and a kill -9 in the middle; then the books are audited.

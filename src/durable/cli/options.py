@@ -45,7 +45,9 @@ class Where:
 class Shared(Where):
     """And which workflows are known."""
 
-    imports: Annotated[list[str], Parameter(name="--import", negative=())] = field(default_factory=list)
+    imports: Annotated[list[str], Parameter(name="--import", negative=(), show_default=False)] = field(
+        default_factory=list
+    )
     """A module with workflows at its top level. May be given several times."""
     app: str | None = None
     """MODULE:APP, a Durable or AsyncDurable of yours, whose database, schema, codec and workflows are taken."""

@@ -18,7 +18,7 @@ from durable.snapshots import RunSnapshot
 PAGE = 500
 
 Json = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
-Many = Annotated[tuple[str, ...], Parameter(negative=())]
+Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 
 
 async def start(
@@ -33,7 +33,7 @@ async def start(
     priority: int = 0,
     delay: str | None = None,
     timeout: str | None = None,
-    wait: Annotated[bool, Parameter(negative=())] = False,
+    wait: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     wait_timeout: str | None = None,
     shared: Shared = Shared(),  # noqa: B008  # frozen
 ) -> int:
@@ -98,7 +98,7 @@ async def status(
     /,
     *,
     children: int = 100,
-    wait: Annotated[bool, Parameter(negative=())] = False,
+    wait: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     wait_timeout: str | None = None,
     shared: Shared = Shared(),  # noqa: B008
 ) -> int:

@@ -24,7 +24,6 @@ from durable.cli.problems import DONE, UsageError, printable
 from durable.cli.processes import supervise
 from durable.cli.reading import duration
 from durable.durable import AsyncDurable
-from durable.worker import Worker
 
 log = logging.getLogger("durable.worker")
 
@@ -80,6 +79,8 @@ async def worker(
         if processes > 1:
             return await supervise(_same_again(shared, place, concurrency, grace, log_format, log_level), processes,
                                    environment=_environment(shared))  # fmt: skip
+        from durable.worker import Worker  # late: who only starts other processes needs no queue
+
         hand = Worker(
             found, concurrency=concurrency, grace=patience.total_seconds(), watchdog=True, handlers_app=as_it_is
         )

@@ -30,12 +30,10 @@ def plan_child(view: View, node: ChildWorkflow, now: datetime) -> Decision:
 
 
 def _start(view: View, node: ChildWorkflow, now: datetime) -> Transition | None:
-    name = (
-        node.workflow if isinstance(node.workflow, str) else json.loads(_chosen(view, f"choice:{node.name}") or "null")
-    )
-    workflow = view.registry.find(name, node.version) if node.version else view.registry.latest(name)
+    name, version = _which(view, node)
+    workflow = view.registry.find(name, version) if version else view.registry.latest(name)
     if workflow is None:
-        return park(view, now, WaitingFor.DEFINITION, name=f"{name}@{node.version or ''}")
+        return park(view, now, WaitingFor.DEFINITION, name=f"{name}@{version or ''}")
     given = view.run.input if node.map_input is None else _chosen(view, f"input:{node.name}") or "null"
     try:
         given = workflow.input.dump(workflow.input.load(given))
@@ -46,6 +44,15 @@ def _start(view: View, node: ChildWorkflow, now: datetime) -> Transition | None:
     start = ChildStart(child, workflow.name, workflow.version, given, node.name)
     frame = with_step(view.run, node.name, Begun(since=now, waits=WaitingFor.CHILD, child=child))
     return park(view, now, WaitingFor.CHILD, name=node.name, frame=frame, children=(start,))
+
+
+def _which(view: View, node: ChildWorkflow) -> tuple[str, str | None]:
+    """Name and version of the child; a function may have answered a name, or a workflow as ``[name, version]``."""
+    if isinstance(node.workflow, str):
+        return node.workflow, node.version
+    chosen = json.loads(_chosen(view, f"choice:{node.name}") or "null")
+    name, version = (chosen, None) if isinstance(chosen, str) else chosen
+    return name, node.version or version
 
 
 def _await(view: View, node: ChildWorkflow, now: datetime, begun: Begun) -> Transition | None:

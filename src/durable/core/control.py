@@ -68,8 +68,15 @@ def retry(view: View, now: datetime) -> Transition | None:
         return None
     failed = tuple(entry.step_id for entry in view.journal.values() if entry.status == "failed")
     deadline = run.deadline if run.deadline is not None and run.deadline > now else None
-    fresh: dict[str, Any] = {"error": None, "ending": None, "undo_cursor": None, "finished_at": None}
-    return move(view, now, Status.RUNNING, forget=failed, retries=run.retries + 1, deadline=deadline, **fresh)
+    fresh: dict[str, Any] = {
+        "error": None,
+        "ending": None,
+        "undo_cursor": None,
+        "finished_at": None,
+        "deadline": deadline,
+    }
+    stale = {message.seq: None for message in view.inbox if message.kind in REQUESTS}  # they were for its first life
+    return move(view, now, Status.RUNNING, forget=failed, taken=stale, retries=run.retries + 1, **fresh)
 
 
 def was_undone(view: View) -> bool:
@@ -158,7 +165,7 @@ def _unchanged(view: View, now: datetime, taken: Any, **write: Any) -> Transitio
     run = view.run
     others = any(message.seq not in taken for message in view.inbox)
     done = move(view, now, run.status, wake=others, taken=taken, **_waits(run), **write)
-    return replace(done, after=replace(run, revision=run.revision + 1))
+    return replace(done, after=replace(run, revision=run.revision + 1, wake_at=done.after.wake_at))
 
 
 def _waits(run: Run) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from durable.core.graph import go_on, plan
-from durable.core.moves import NOT_BEGUN, move, park, with_step
+from durable.core.moves import NOT_BEGUN, move
 from durable.core.state import Begun, Claim, Failure, View
 from durable.core.transition import Call, FailedAttempt, Fanout, Limits, Transition
 from durable.values import Status, WaitingFor
@@ -25,12 +25,12 @@ def died(view: View, now: datetime, limits: Limits) -> Transition | None:
     if view.run.claim is not None:
         free = replace(view, run=replace(view.run, claim=None))
         running = [step_id for step_id, begun in view.run.frame.items() if begun.running]
-        return replace(_charge(free, now, running) if running else go_on(free, now), before=view.run)
+        return replace(_charge(free, now, limits, running) if running else go_on(free, now), before=view.run)
     match plan(view, now, limits):
         case Call(claims_first=False, step_id=step_id):
-            return _charge(view, now, [step_id])
+            return _charge(view, now, limits, [step_id])
         case Call() | Fanout():  # it runs by a claim only, and there was none yet
-            return go_on(view, now)
+            return move(view, now, _active(view))
         case decided:
             return decided
 
@@ -45,40 +45,33 @@ def claimed(view: View, now: datetime, claim: Claim, calls: tuple[Call, ...]) ->
 
 
 def postponed(view: View, now: datetime, work: Call | Fanout, seconds: float) -> Transition:
-    """A step that a crash is charged to already waits until it can run alone."""
-    call = next(call for call in work.calls if call.crashes)
-    begun = view.run.frame.get(call.step_id, NOT_BEGUN)
+    """Steps that a crash is charged to already wait until they can run alone; their siblings go on."""
     due = now + timedelta(seconds=seconds)
-    frame = with_step(view.run, call.step_id, replace(begun, due=due, waits=WaitingFor.RETRY, running=False))
-    parked = park(view, now, WaitingFor.RETRY, name=call.step_id, wake_at=due, frame=frame)
-    assert parked is not None
-    return parked
+    frame = dict(view.run.frame)
+    for call in work.calls:
+        if call.crashes:
+            frame[call.step_id] = replace(frame[call.step_id], due=due, waits=WaitingFor.RETRY)
+    return move(view, now, _active(view), frame=frame)
 
 
-def _charge(view: View, now: datetime, steps: Sequence[str]) -> Transition:
+def _charge(view: View, now: datetime, limits: Limits, steps: Sequence[str]) -> Transition:
     frame = dict(view.run.frame)
     records = []
     for step_id in steps:
         begun = frame.get(step_id, NOT_BEGUN)
-        frame[step_id] = charged = _after_crash(begun, now)
+        frame[step_id] = charged = _after_crash(begun, now, limits)
         attempt = begun.attempts + 1
         failure = Failure("durable.errors.StepInterrupted", "its worker died", "interrupted", step_id, attempt)
         record = FailedAttempt(step_id, attempt, "interrupted", failure, begun.since, now, charged.due)
         records.append(record)
-    attempts = tuple(records)
-    due = frame[steps[0]].due
-    if due is not None and len(steps) == 1:
-        parked = park(view, now, WaitingFor.RETRY, name=steps[0], wake_at=due, frame=frame, attempts=attempts)
-        assert parked is not None
-        return parked
-    return move(view, now, _active(view), frame=frame, attempts=attempts)
+    return move(view, now, _active(view), frame=frame, attempts=tuple(records))
 
 
-def _after_crash(begun: Begun, now: datetime) -> Begun:
-    """The first takeover is immediate, later ones back off."""
+def _after_crash(begun: Begun, now: datetime, limits: Limits) -> Begun:
+    """The first takeover is immediate, later ones back off; after the last one there is nothing to wait for."""
     crashes = begun.crashes + 1
-    delay = min(2.0 ** (crashes - 2), _BACKOFF_LIMIT) if crashes > 1 else None
-    due = now + timedelta(seconds=delay) if delay is not None else None
+    backs_off = 1 < crashes < limits.max_crashes
+    due = now + timedelta(seconds=min(2.0 ** (crashes - 2), _BACKOFF_LIMIT)) if backs_off else None
     waits = WaitingFor.RETRY if due is not None else None
     return replace(begun, crashes=crashes, since=begun.since or now, due=due, waits=waits, running=False)
 

@@ -204,8 +204,8 @@ def divergence(view: View) -> Failure | None:
         return None
     message = (
         f"workflow {view.run.workflow!r} {view.run.version!r}: the run has passed {_listed(found)}, but the code "
-        f"now begins with {_listed(expected)}. Deploy the old definition again or cancel the run, then `retry` it; a "
-        f"changed workflow needs a new version."
+        f"now begins with {_listed(expected)}. Deploy the old definition again and `retry` the run, or cancel it; "
+        f"a changed workflow needs a new version."
     )
     return Failure("durable.errors.HistoryDiverged", message, "critical")
 

@@ -22,7 +22,8 @@ NOT_BEGUN = Begun()
 def move(view: View, now: datetime, status: Status, *, wake: bool = False, **write: Any) -> Transition:
     """The transition to `status`. Keywords are fields of Transition (what to write beside the run row) or of Run.
 
-    `wake` enqueues a continuation although the run is parked, so that its wait is looked at anew.
+    `wake`: although the run is parked, its wait is to be looked at anew. It is due now, beside its continuation: should
+    that get lost, the timers put it back.
     """
     before = view.run
     beside = {name: write.pop(name) for name in _BESIDE & write.keys()}
@@ -34,6 +35,8 @@ def move(view: View, now: datetime, status: Status, *, wake: bool = False, **wri
     if before.started_at is None and status not in _NOT_STARTED:
         after = replace(after, started_at=now)
     wake = wake or (status is Status.SUSPENDED and (after.pausing or after.ending is not None))
+    if wake and _may_wake(after):
+        after = replace(after, wake_at=now)
     asked = _asks_more(view, after, beside.get("taken") or {})
     return Transition(before, after, next=_next(after, wake=wake, asked=asked), **beside)
 
@@ -63,7 +66,7 @@ def park(
         "waiting_name": name,
         "wake_at": min(limits, default=None),
     } | write
-    after = replace(run, status=status, **{k: v for k, v in write.items() if k not in _BESIDE})
+    after = replace(run, status=status, **{k: v for k, v in write.items() if k not in _BESIDE | {"wake"}})
     if after == run and not _BESIDE & write.keys():
         return None
     return move(view, now, status, **write)
@@ -82,10 +85,15 @@ def without(run: Run, *step_ids: str) -> Mapping[str, Begun]:
 def _next(after: Run, *, wake: bool, asked: bool) -> Next | None:
     if after.claim is not None:
         return None
-    rests = after.status.ended or after.status is Status.PAUSED or (after.waiting_for is not None and not wake)
-    if rests and not asked:
+    rests = after.status.ended or after.status is Status.PAUSED or after.waiting_for is not None
+    if rests and not asked and not (wake and _may_wake(after)):
         return None
     return Next.of(after.status)
+
+
+def _may_wake(after: Run) -> bool:
+    parked = after.waiting_for is not None and after.waiting_for is not WaitingFor.START  # a start has its time only
+    return parked and after.status is not Status.PAUSED and after.claim is None
 
 
 def _asks_more(view: View, after: Run, taken: Collection[int]) -> bool:

@@ -21,7 +21,6 @@ from durable.core.transition import (
     Interrupted,
     Iterated,
     Limits,
-    Next,
     Outcome,
     Purpose,
     Succeeded,
@@ -164,10 +163,9 @@ def _suspended(view: View, ended: Ended, snapshot: str) -> Transition:
     frame = with_step(run, call.step_id, waits)
     if _is_branch(view, call):
         return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=frame)
-    parked = _must(park(view, ended.now, WaitingFor.RESUME, name=call.step_id, frame=frame, entries=(entry,)))
-    if signal(view, call.step_id) is not None:  # its answer was there before the question
-        return replace(parked, next=Next.of(parked.after.status))
-    return parked
+    early = signal(view, call.step_id) is not None  # its answer was there before the question
+    parked = park(view, ended.now, WaitingFor.RESUME, name=call.step_id, frame=frame, entries=(entry,), wake=early)
+    return _must(parked)
 
 
 def _failed(view: View, ended: Ended, failed: Failed, limits: Limits) -> Transition:

@@ -36,9 +36,14 @@ def plan(view: View, now: datetime, limits: Limits, running: frozenset[str]) -> 
     if (open_child := _open_child(view)) is not None and not ending.stop:
         return _await_child(view, now, open_child)
     target = next_target(view)
-    if target is None or ending.stop:
+    if target is None or (ending.stop and not _child_is_undoing(view, target)):
         return end(view, now, ending.status, error=ending_failure(view), reason=ending.reason)
     return _undo_child(view, now, target) if target.work is None else _undo(view, now, target, limits)
+
+
+def _child_is_undoing(view: View, target: Target) -> bool:
+    """Whether the current compensator is a child's own rollback: a stop waits for it as for any other."""
+    return target.work is None and target.undo_id in view.run.frame
 
 
 def next_target(view: View) -> Target | None:

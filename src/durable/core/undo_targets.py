@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from durable.core.state import Entry, EntryKind, View
-from durable.define.nodes import ChildWorkflow, Loop, Node, Parallel, Route, Step, Work, Workflow
+from durable.define.nodes import ChildWorkflow, Loop, Node, Parallel, Route, Step, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,6 @@ def is_target(view: View, entry: Entry) -> bool:
     """Whether a rollback has to undo `entry`."""
     nodes = view.workflow.nodes if view.workflow is not None else ()
     return _target({node.name: node for node in nodes}, entry) is not None
-
-
-def passed_kinds(workflow: Workflow, count: int) -> list[tuple[str, str]]:
-    """The fingerprint of the first `count` nodes: name and kind."""
-    return [(node.name, node.kind) for node in workflow.nodes[:count]]
 
 
 def _target(nodes: dict[str, Node], entry: Entry) -> Target | None:

@@ -333,7 +333,7 @@ class Builder(Generic[In]):
             target, own_version = check_name(workflow, where=where, what="the child workflow's name"), None
         else:
             check_handler(workflow, where=where, what="the child workflow (a name, a Workflow or a function)")
-            target, own_version = make_work(workflow, where=where, result=_CHILD_NAME), None
+            target, own_version = make_work(workflow, where=where, result=_CHILD), None
         if version is not None:
             own_version = check_name(version, where=where, what="the child's version", reserved="")
         given = None if map_input is None else make_work(map_input, where=f"{where}, map_input", result=LOOSE)
@@ -424,11 +424,11 @@ def _literal(value: Any, payload: Schema, where: str) -> str:
             raise DefinitionError(f"{where}: on_timeout can't be stored: {error}") from error
 
 
-def _child_name(value: Any) -> Any:
-    return value.name if isinstance(value, Builder | Workflow) else value
+def _child(value: Any) -> Any:
+    return (value.name, value.version) if isinstance(value, Builder | Workflow) else value
 
 
-_CHILD_NAME = Schema(str, prepare=_child_name)
+_CHILD = Schema(str | tuple[str, str], prepare=_child)
 
 
 def _caller() -> str:

@@ -92,7 +92,8 @@ def step(handler: Any = UNSET, /, **options: Any) -> Any:
     - `timeout`: seconds (or a timedelta) that one attempt may take. Default: no limit.
     - `transactional`: True: the step keeps the run's transaction to its end (limit 30 s); False: never in it; None: it
       holds it while it is short.
-    - `at_most_once`: an attempt whose worker died is never run again (StepInterrupted).
+    - `at_most_once`: an attempt whose worker died is never run again (StepInterrupted); nor is one that raised, unless
+      `retry` is given.
 
     Raises DefinitionError for values that make no sense.
     """
@@ -183,13 +184,14 @@ def make_work(
         )
     transactional = _given(chosen.transactional, None)
     timeout = _given(chosen.timeout, None)
+    once = _given(chosen.at_most_once, False)
     return Work(
         handler=handler,
-        retry=_given(chosen.retry, None) or Retry(),
+        retry=_given(chosen.retry, None) or Retry(max_attempts=1 if once else 3),
         timeout=TRANSACTIONAL_TIMEOUT if transactional and timeout is None else timeout,
         compensate=_undo(_given(chosen.compensate, None), where),
         transactional=transactional,
-        at_most_once=_given(chosen.at_most_once, False),
+        at_most_once=once,
         result=result if result is not None else _result_of(handler, where),
     )
 

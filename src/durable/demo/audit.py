@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import psycopg
 from psycopg import sql
+from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 CHECKS: Final = {
@@ -34,12 +35,15 @@ class Finding:
 
 
 def audit(connection: psycopg.Connection[Any], batch: str, *, schema: str = "durable") -> list[Finding]:
-    """Everything that is wrong with a batch; empty if nothing. Reads at one moment, and changes nothing.
+    """Everything that is wrong with a batch; empty if nothing. Changes nothing, and reads at one moment, unless the
+    connection is in a transaction already.
 
     `schema` is the engine's. Runs that are still going are findings too: ask when they have ended.
     """
-    with connection.transaction(force_rollback=True), connection.cursor(row_factory=dict_row) as cursor:
-        cursor.execute("set transaction isolation level repeatable read, read only")
+    alone = connection.info.transaction_status is TransactionStatus.IDLE
+    with connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
+        if alone:
+            cursor.execute("set transaction isolation level repeatable read, read only")
         orders = cursor.execute(sql.SQL(_ORDERS).format(schema=sql.Identifier(schema)), {"batch": batch}).fetchall()
         strays = cursor.execute(_STRAYS, {"batch": batch}).fetchall()
         ledger = cursor.execute(_LEDGER, {"batch": batch}).fetchall()

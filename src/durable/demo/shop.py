@@ -7,6 +7,7 @@ audit would find it. Amounts are whole cents. Orders are kept in batches, one fo
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any, Final, Literal
@@ -136,6 +137,13 @@ def recall(connection: Connection, batch: str, order_id: str, goods: Mapping[str
     query = "update orders.shipments set recalled = true where batch = :batch and order_id = :order"
     connection.execute(text(query), {"batch": batch, "order": order_id})
     _move(connection, batch, goods, 1)
+
+
+def signal(connection: Connection, schema: str, run_id: uuid.UUID, name: str, body: str) -> None:
+    """A signal by durable's own SQL function: it is sent exactly if this transaction commits. (``app.signal`` with
+    ``connection=`` does the same; but this serves a Durable and an AsyncDurable alike.)"""
+    query = f"select \"{schema}\".send_message(:run, 'signal', :name, cast(:body as json))"
+    connection.execute(text(query), {"run": run_id, "name": name, "body": body})
 
 
 def _move(connection: Connection, batch: str, goods: Mapping[str, int], sign: int) -> None:

@@ -31,8 +31,8 @@ TOO_LARGE: Final = 5_000_00
 """From this amount on, in cents, an approval is refused."""
 IN_THE_MIDDLE: Final = 0.3
 """The share of the work that is done when a worker is killed."""
-PATIENCE: Final = 120.0
-"""Seconds after which orders that have not ended are called stuck."""
+PATIENCE: Final = 60.0
+"""Seconds without any progress after which the orders that have not ended are called stuck."""
 TICK: Final = 0.05
 
 
@@ -162,10 +162,13 @@ class _Demo:
 
     async def _watch(self) -> None:
         """Until every order has ended: look, show, kill one worker, see its work taken over, start another one."""
+        before, changed = None, time.monotonic()
         while True:
-            standing = await self._look.standing()
-            self._view.show(standing, self._crew.alive, time.monotonic() - self._began)
-            if standing.ended == standing.total or time.monotonic() - self._began > PATIENCE:
+            standing, now = await self._look.standing(), time.monotonic()
+            self._view.show(standing, self._crew.alive, now - self._began)
+            if standing != before:
+                before, changed = standing, now
+            if standing.ended == standing.total or now - changed > PATIENCE:
                 return
             self._crew.must_be_alive()
             if self._victim is None:

@@ -22,6 +22,7 @@ from durable.core.transition import Call, Fanout, Next, Transition
 from durable.engine.flight import ClaimLock, ClaimLost, Flight, transaction_lost
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
+from durable.values import Status
 
 if TYPE_CHECKING:
     from durable.engine.engine import Engine
@@ -111,7 +112,7 @@ class Claimed:
 
     async def _step(self, hold: Hold) -> Hold | None:
         view, now = hold.view, hold.now
-        if view.run.ending is not None:
+        if view.run.ending is not None and view.run.status is not Status.COMPENSATING:  # a compensator may end
             self._interrupt("cancel")
         if self._engine.stopping and not self._flights:
             return await self._write(hold, go_on_by_queue(view, now))
@@ -168,8 +169,7 @@ class Claimed:
             async for _ in self._engine.tries():
                 hold = await self._engine.take_claimed(self._lock)
                 if hold is None:
-                    self._over = True
-                    return
+                    raise ClaimLost(f"run {self._lock.run_id}: the claim on it has ended")
                 if not _is_running(hold.view, flight.call):
                     await hold.drop()
                     return

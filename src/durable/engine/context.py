@@ -126,7 +126,10 @@ class StepContext(Generic[Input]):
     @property
     def cancelled(self) -> bool:
         """Whether the attempt should end: it ran out of time, the run is canceled, or the worker stops. A sync handler
-        that runs long should look at it, since nothing can interrupt a thread."""
+        that runs long should look at it, since nothing can interrupt a thread.
+
+        What it returns then is its result all the same. To end without one, raise ``asyncio.CancelledError``: at a
+        shutdown the step is handed back, and its attempt does not count."""
         return self._cancelled.is_set()
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:

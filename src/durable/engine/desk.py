@@ -19,7 +19,7 @@ from psycopg_pool import PoolTimeout
 
 from durable.core.transition import Limits, Next, Transition
 from durable.define.registry import Registry
-from durable.engine.points import Hook, nothing
+from durable.engine.points import Hook, Point, nothing
 from durable.store import jobs, nudges
 from durable.store.db import Pool, Store
 from durable.store.errors import JournalConflict, RowBusy, StaleRevision
@@ -75,11 +75,13 @@ class Desk:
 
     async def enqueue_later(self, run_id: uuid.UUID, revision: int, kind: Next) -> None:
         """The row is busy: look again in a second."""
+        self.at(Point.BEFORE_RERING, "-")
         async with self.pool.connection() as connection:
             await nudges.enqueue_again(self.store, connection, run_id, revision, task(kind), nudges.LATER)
 
     async def ring_later(self, run_id: uuid.UUID) -> None:
         """The row is busy: one more ring in a second, for all doorbells that found it so."""
+        self.at(Point.BEFORE_RERING, "-")
         async with self.pool.connection() as connection:
             await jobs.ring_later(self.store, connection, run_id, nudges.LATER)
 

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from durable.core.state import Claim
-from durable.core.transition import Transition
+from durable.core.transition import Purpose, Transition
 from durable.define.registry import Registry
 from durable.engine.calls import Caller
 from durable.engine.desk import Desk
@@ -161,12 +161,15 @@ class Engine(Desk):
         return list({*self._flights, *self.owned})
 
     async def _heed_cancel(self, run_id: uuid.UUID) -> None:
-        """A handler that holds the row is ended if a cancel lies in the inbox; whoever settles it reads that again."""
+        """A handler that holds the row is ended if a cancel lies in the inbox; whoever settles it reads that again.
+
+        Not a compensator: a rollback that is canceled stops after it."""
         async with self.pool.connection() as connection:
             asked = await nudges.cancel_asked(self.store, connection, run_id)
         if asked:
             for flight in list(self._flights.get(run_id, ())):
-                flight.interrupt("cancel")
+                if flight.call.purpose is not Purpose.UNDO:
+                    flight.interrupt("cancel")
 
     # ---------------------------------------------------------------- the database, outside a run's transaction
 

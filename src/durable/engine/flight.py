@@ -24,6 +24,7 @@ from durable.engine.calls import TransactionLost
 from durable.engine.hold import Hold, executing
 from durable.engine.points import Point
 from durable.engine.slots import Slot
+from durable.logs import inside
 from durable.store.db import Connection
 
 if TYPE_CHECKING:
@@ -108,11 +109,16 @@ class Flight:
             self._engine.at(Point.AFTER_CLAIM, what)
             return True
 
+    def _facts(self) -> dict[str, Any]:
+        """What every log record of the handler says, whichever logger it goes through."""
+        run, call = self.view.run, self.call
+        return {"run": str(run.id), "workflow": run.workflow, "step": call.step_id, "attempt": call.attempt}
+
     async def _fly(self) -> Outcome:
         engine = self._engine
         engine.at(Point.BEFORE_HANDLER, executing(self.view))
         try:
-            with engine.aloft(self):
+            with engine.aloft(self), inside(**self._facts()):
                 said = partial(engine.say, self)
                 outcome = await engine.caller.run(
                     self.call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said

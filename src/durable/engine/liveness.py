@@ -89,6 +89,7 @@ class Liveness:
             try:
                 if self._connection is None:
                     await self._connect()
+                    self._lost()  # meanwhile others may have taken over, and nobody could tell
                 pause = 0.1
                 await self._listen()
             except psycopg.Error as error:
@@ -96,7 +97,6 @@ class Liveness:
             except OSError as error:
                 log.warning("the database cannot be reached: %s", error)
             self.alive.clear()
-            self._lost()
             await self._drop()
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)

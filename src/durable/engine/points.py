@@ -19,6 +19,7 @@ class Point(StrEnum):
     BEFORE_OUTCOME = "before_outcome"  # a detached handler has ended, the row is not locked again
     BEFORE_COMMIT = "before_commit"  # decided, nothing is committed
     AFTER_COMMIT = "after_commit"  # committed; the job is not finished
+    BEFORE_RERING = "before_rering"  # the row was busy; the job that found it so is not repeated yet
     BEFORE_FINISH = "before_finish"  # the job's work is over; the queue does not know
     IN_SWEEP = "in_sweep"  # a takeover is decided, not committed
 

@@ -20,7 +20,6 @@ from durable.engine.desk import Desk
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
 from durable.store import sweep as queries
-from durable.values import Status
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ async def _let_workers_come_back(desk: Desk) -> None:
 
 
 async def take_over_from_dead(desk: Desk) -> int:
-    """Claims and jobs of workers that are gone."""
+    """Claims and jobs of workers that are gone. A claimed run's job is no evidence of a second crash."""
     async with desk.pool.connection() as connection:
         dead = await queries.dead_workers(desk.store, connection)
         claims = await queries.claims_of(desk.store, connection, dead)
@@ -81,7 +80,7 @@ async def take_over_from_dead(desk: Desk) -> int:
     for run_id in claims:
         count += await take_over_claim(desk, run_id, dead)
     for job in jobs:
-        if job.id in ended and job.run_id is not None:  # deleted by this sweep, and no other
+        if job.id in ended and job.run_id is not None and job.run_id not in claims:  # deleted by this sweep, no other
             count += await _take_over_job(desk, job.run_id, job.args.get("revision"))
     if dead:
         async with desk.pool.connection() as connection:
@@ -115,12 +114,13 @@ async def _take_over_job(desk: Desk, run_id: uuid.UUID, revision: int | None) ->
     if hold is None:
         return False  # somebody holds the row: it is alive
     run = hold.view.run
-    if run.status.ended or run.status is Status.PAUSED or run.claim is not None:
+    if run.claim is not None:
         await hold.drop()
         return False
     async with desk.pool.connection() as connection:
         waiting = await queries.has_job(desk.store, connection, run.id, run.revision)
-    if waiting and revision != run.revision:  # it had come to its end, and enqueued what follows
+    parked = revision is not None and run.waiting_for is not None
+    if revision != run.revision and (waiting or parked):  # it had come to its end: what follows is enqueued, or waits
         await hold.drop()
         return False
     return await _charge(desk, hold)

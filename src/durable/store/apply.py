@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from durable.core.control import REQUESTS  # one that waits behind another is still to be heard
 from durable.core.state import Entry, Failure, Message, Run
 from durable.core.transition import Event, Transition
 from durable.define.payload import canonical_hash
@@ -118,7 +119,7 @@ async def _queue(db: Store, connection: Connection, transition: Transition, inbo
     taken = transition.taken or {}
     if taken:
         await connection.execute(sql.take, run | {"seqs": list(taken), "steps": list(taken.values())})
-    if seen := [message.seq for message in inbox if message.fresh and message.seq not in taken]:
+    if seen := [m.seq for m in inbox if m.fresh and m.seq not in taken and m.kind not in REQUESTS]:
         await connection.execute(sql.see, run | {"seqs": seen})
 
     for message in transition.outgoing:

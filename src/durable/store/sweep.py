@@ -50,6 +50,13 @@ _DUE: Final = f"""
   r.wake_at <= (select {{schema}}.engine_now()) and r.status in ('pending', 'suspended', 'compensating')
   and r.claim_token is null and {_NO_JOB}
 """
+# A worker died with a job of the run: evidence of a crash, which the takeover charges. Whoever put the run back before it
+# would run the step once more uncharged, and a step that kills its worker would go on doing so.
+_LEFT_TO_TAKEOVER: Final = f"""
+  array(select (j.args ->> 'run_id')::uuid from {{schema}}.procrastinate_jobs j
+        join {{schema}}.workers w on w.queue_worker_id = j.worker_id
+        where j.status = 'doing' and j.args ? 'run_id' and w.id <> all (array({_LIVE})))
+"""
 # A run that has ended still is asked to retry, and a completed child to roll back; nothing else reaches it.
 _HEARS: Final = "(r.finished_at is null or m.kind in ('retry', 'rollback'))"
 # `waiting_name` is "<workflow>@<version>" of what is missing, for a child of any version "<workflow>@".
@@ -163,7 +170,7 @@ where {_DUE} order by r.wake_at limit %(limit)s
 -- give them their continuations
 with r as materialized (
   select r.id, r.status, r.revision, r.queue, r.priority from {{schema}}.runs r
-  where {_DUE} order by r.wake_at limit %(limit)s for update of r skip locked
+  where {_DUE} and r.id <> all ({_LEFT_TO_TAKEOVER}) order by r.wake_at limit %(limit)s for update of r skip locked
 )
 select count(*) from r, {_PUT_BACK} as put_back
 """)
@@ -213,14 +220,13 @@ select count(*) from seen
 """)
 
     orphans = statement(f"""
--- runnable runs without a job: the page is what is looked at, the walk goes on behind its last row
+-- runnable runs without a job: the page is what is looked at, the walk goes on behind its last row; a run with a job in
+-- hands is executed, or its worker is dead and the takeover's
 with page as materialized (
   select r.id from {{schema}}.runs r where {_RUNNABLE} and r.id > %(after)s order by r.id limit %(limit)s
 ), busy as materialized (
   select (j.args ->> 'run_id')::uuid as id from {{schema}}.procrastinate_jobs j
   where j.status = 'doing' and j.args ? 'run_id'
-    and not exists (select from {{schema}}.workers w
-                    where w.queue_worker_id = j.worker_id and w.id <> all (array({_LIVE})))
 ), alone as materialized (
   select r.id, r.revision from {{schema}}.runs r
   where r.id = any (array(select id from page)) and {_RUNNABLE} and r.claim_token is null and {_NO_JOB}

@@ -19,7 +19,8 @@ from procrastinate import exceptions
 from procrastinate import jobs as queue_jobs
 from procrastinate.manager import JobManager, NotificationCallback
 from procrastinate.worker import Worker as QueueWorker
-from psycopg import sql
+from psycopg import Error as DatabaseError
+from psycopg import errors, sql
 from psycopg_pool import AsyncConnectionPool
 
 from durable.engine.advance import advance
@@ -27,6 +28,7 @@ from durable.engine.compensate import compensate
 from durable.engine.deliver import deliver
 from durable.engine.engine import Engine
 from durable.engine.points import Point
+from durable.logs import inside
 from durable.queue import ADVANCE, COMPENSATE, RING
 from durable.store.db import Connection, Store, connection_settings
 
@@ -69,10 +71,11 @@ def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaita
         async def perform(run_id: str, revision: int | None = None) -> None:
             await ready()
             given = (uuid.UUID(run_id),) if revision is None else (uuid.UUID(run_id), revision)
-            try:
-                await job(engine, *given)
-            except engine.DATABASE_ERRORS as error:
-                log.warning("run %s: left to recovery after: %s: %s", run_id, type(error).__name__, error)
+            with inside(run=run_id):
+                try:
+                    await job(engine, *given)
+                except engine.DATABASE_ERRORS as error:
+                    log.warning("run %s: left to recovery after: %s: %s", run_id, type(error).__name__, error)
             engine.at(Point.BEFORE_FINISH, "-")
 
         app.task(name=name)(perform)
@@ -96,11 +99,23 @@ class LastingJobManager(JobManager):
 
     async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> queue_jobs.Job | None:
         try:
-            return await super().fetch_job(queues=queues, worker_id=worker_id)
+            return await super().fetch_job(queues=queues, worker_id=self.worker or worker_id)
         except exceptions.ConnectorException as error:
+            if isinstance(error.__cause__, errors.ForeignKeyViolation):
+                await self._come_back()
+                return None
             log.warning("cannot fetch jobs: %s", _cause(error))
             await asyncio.sleep(0.5)
             return None
+
+    async def _come_back(self) -> None:
+        """This worker was taken for dead, and forgotten: it had been stopped, or cut off. It goes on under a new id,
+        which procrastinate's own worker does not know: hence `self.worker` everywhere."""
+        try:
+            await self.register_worker()
+        except (exceptions.ConnectorException, DatabaseError) as error:
+            log.warning("cannot register with the queue again: %s", _cause(error))
+            await asyncio.sleep(0.5)
 
     async def finish_job(self, job: queue_jobs.Job, status: queue_jobs.Status, delete_job: bool) -> None:
         """A row that is gone has been deleted by recovery; one that cannot be reached now is deleted by it later."""
@@ -120,7 +135,7 @@ class LastingJobManager(JobManager):
 
     async def update_heartbeat(self, worker_id: int) -> None:
         try:
-            await super().update_heartbeat(worker_id)
+            await super().update_heartbeat(self.worker or worker_id)
         except exceptions.ConnectorException as error:
             log.warning("cannot update the queue's heartbeat: %s", _cause(error))
 
@@ -136,7 +151,7 @@ class LastingJobManager(JobManager):
 
     async def unregister_worker(self, worker_id: int) -> None:
         try:
-            await super().unregister_worker(worker_id)
+            await super().unregister_worker(self.worker or worker_id)
         except exceptions.ConnectorException as error:
             log.warning("cannot unregister from the queue: %s", _cause(error))
 

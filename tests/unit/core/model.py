@@ -86,6 +86,10 @@ class Sim:
     def status(self) -> Status:
         return self.run.status
 
+    def has(self, status: Status) -> bool:
+        """``run.status is status``, without telling the type checker that it stays so."""
+        return self.run.status is status
+
     @property
     def statuses(self) -> list[str]:
         """The statuses that it went through."""
@@ -112,7 +116,7 @@ class Sim:
     @property
     def not_undone(self) -> list[str]:
         assert self.run.error is not None
-        return [left["step"] for left in (self.run.error.details or {}).get("not_undone", ())]
+        return list((self.run.error.details or {}).get("not_undone", ()))
 
     @property
     def view(self) -> View:
@@ -379,6 +383,13 @@ class World:
             if free and not self._has_job(run):
                 self.jobs.append(Job(run.id, Next.of(run.status), run.revision))
 
+    def lose_jobs(self) -> None:
+        """Every row of the queue is deleted, and the sweep comes. (What was asked of a paused run, was seen, and waits
+        behind what was asked before it is known to its continuation alone.)"""
+        if not any(sim.status is Status.PAUSED and sim.inbox for sim in self.runs.values()):
+            self.jobs.clear()
+            self.recover()
+
     def _has_job(self, run: Run) -> bool:
         return any(job.run_id == run.id and job.revision == run.revision for job in self.jobs)
 
@@ -400,9 +411,8 @@ class World:
         """Drain, moving the clock on to each run's time, until nothing waits for a time any more."""
         for _ in range(times):
             self.drain()
-            wakes = [
-                sim.run.wake_at for sim in self.runs.values() if sim.run.wake_at and sim.status is not Status.PAUSED
-            ]
+            active = [sim.run for sim in self.runs.values() if sim.status is not Status.PAUSED]
+            wakes = [run.wake_at for run in active if run.wake_at is not None]
             if not wakes:
                 return
             self.now = max(self.now, min(wakes))
@@ -499,10 +509,8 @@ class World:
     def _take_over(self, sim: Sim, job: Job) -> None:
         """What the sweep makes of the death of the worker that had `job`."""
         run = sim.run
-        if run.claim is None:
-            over = run.status.ended or run.status is Status.PAUSED
-            if over or (self._has_job(run) and job.revision != run.revision):
-                return
+        if run.claim is None and self._has_job(run) and job.revision != run.revision:
+            return  # it had enqueued what follows
         view = sim.view
         transition = died(view, self.now, self.limits)
         if transition is not None:
@@ -524,24 +532,7 @@ class World:
         limit, began = min(limits, default=None), self.now
         if limit == 0:
             return self._timed_out(call, limit)
-        script = _iteration(call, ctx) if call.purpose is Purpose.ITERATION else _single(call, ctx)
-        try:
-            ask = next(script)
-            while True:
-                try:
-                    answer = ask.fn(*ask.args)
-                except Crash:
-                    raise
-                except BaseException as error:
-                    ask = script.throw(error)
-                else:
-                    ask = script.send(answer)
-        except StopIteration as done:
-            outcome = cast(Outcome, done.value)
-        except Crash:
-            raise
-        except BaseException as error:
-            outcome = failed_attempt(call, error)
+        outcome = _play(call, ctx)
         if limit is not None and self.now - began > timedelta(seconds=limit):
             return self._timed_out(call, limit)
         return outcome
@@ -562,6 +553,8 @@ class World:
             assert sim.run.claim is None
             assert sim.status is not Status.PENDING or sim.run.waiting_for is WaitingFor.START
             assert sim.status is not Status.RUNNING
+            if sim.status.ended and not any(message.kind is MessageKind.ROLLBACK for message in sim.inbox):
+                continue  # what crossed its end is not for it any more
             decided = self.plan(sim.view)
             assert decided is None, f"a wake-up was lost: {sim.run.workflow} {sim.status} {sim.waits()} -> {decided}"
             due = sim.run.wake_at is not None and sim.run.wake_at <= self.now
@@ -570,9 +563,8 @@ class World:
     def check_invariants(self, sim: Sim) -> None:
         run, journal = sim.run, sim.journal.values()
         top = [e for e in journal if e.parent is None and e.kind.value in _TOP_LEVEL and e.status == "completed"]
-        late = (
-            1 if run.status in (Status.COMPENSATING, Status.FAILED, Status.CANCELED) else 0
-        )  # a child's, to be undone
+        undoes = run.status in (Status.COMPENSATING, Status.FAILED, Status.CANCELED)
+        late = 1 if undoes else 0  # a child that ended when its end was not wanted any more
         assert run.current_step <= len(top) <= run.current_step + late, "the cursor counts the nodes that were passed"
         if run.status.ended:
             assert not run.frame, "terminal: nothing pending"
@@ -584,6 +576,21 @@ class World:
         if run.status is Status.SUSPENDED:
             awaits = run.waiting_for not in (WaitingFor.RETRY, WaitingFor.SLEEP, WaitingFor.START)
             assert run.wake_at is not None or awaits, "it waits for a time, or for a message or a person"
+
+
+def _play(call: Call, ctx: StepContext[Any]) -> Outcome:
+    """The engine's script of what is called in which order, played in this thread."""
+    script = _iteration(call, ctx) if call.purpose is Purpose.ITERATION else _single(call, ctx)
+    try:
+        ask = next(script)
+        while True:
+            ask = script.send(ask.fn(*ask.args))
+    except StopIteration as done:
+        return cast(Outcome, done.value)
+    except Crash:
+        raise
+    except BaseException as error:
+        return failed_attempt(call, error)
 
 
 def _holds(fact: bool, what: str) -> None:
@@ -608,4 +615,4 @@ def once(*outcomes: Any) -> Callable[[Any], Any]:
 
 def calls(handler: Any) -> int:
     """How often a handler of `once` was called."""
-    return cast(int, cast(Mapping[str, int], handler.state)["calls"])
+    return cast(Mapping[str, int], handler.state)["calls"]

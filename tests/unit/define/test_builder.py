@@ -122,7 +122,9 @@ def test_a_steps_options_are_kept() -> None:
     assert chosen.compensate.handler is unship
     assert chosen.compensate.retry == Retry()
     assert only(empty().step("s", ship, retry=5)).work.retry == Retry(max_attempts=5)
-    assert only(empty().step("s", ship, at_most_once=True)).work.at_most_once
+    once = only(empty().step("s", ship, at_most_once=True)).work
+    assert (once.at_most_once, once.retry.max_attempts) == (True, 1)
+    assert only(empty().step("s", ship, at_most_once=True, retry=4)).work.retry.max_attempts == 4
 
 
 def test_a_transactional_step_has_thirty_seconds_unless_it_says_otherwise() -> None:
@@ -210,7 +212,8 @@ def test_a_child_by_name_by_object_and_by_function() -> None:
         assert (node.workflow, node.version, node.compensate) == ("rollout", "7", True)
     assert only(empty().child_workflow("c", rollout, version="3")).version == "3"
     chosen = only(empty().child_workflow("c", lambda ctx: rollout, map_input=discover))
-    assert [chosen.workflow.result.dump(w) for w in (rollout, rollout.workflow, "rollout")] == ['"rollout"'] * 3
+    assert [chosen.workflow.result.dump(w) for w in (rollout, rollout.workflow)] == ['["rollout","7"]'] * 2
+    assert chosen.workflow.result.dump("rollout") == '"rollout"'
     with pytest.raises(PayloadError):
         chosen.workflow.result.dump(5)
     assert chosen.map_input.result.dump(Findings(found=["a"])) == '{"found":["a"]}'

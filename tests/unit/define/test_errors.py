@@ -23,6 +23,7 @@ EXAMPLES: list[errors.DurableError] = [
     errors.SchemaMismatch("old", found="0001", needed="0002"),
     errors.WorkflowNotRegistered("w", "2", known=[("w", "1")]),
     errors.RunNotFound("42"),
+    errors.RetryRefused("run 42 is paused"),
     errors.RunExists(run_id="42", workflow="w", key="k", what="input"),
     errors.PayloadError("bad", path=".a", where="the input"),
     errors.HistoryDiverged("node 'a' is gone", workflow="w", run_id="42"),
