@@ -214,7 +214,18 @@ alter table procrastinate_events set (
 );
 """
 
-OURS: Final = ("runs", "journal", "inbox", "attempts", "events", "workers", "waiters", "progress", "clock", "queue_schema")
+OURS: Final = (
+    "runs",
+    "journal",
+    "inbox",
+    "attempts",
+    "events",
+    "workers",
+    "waiters",
+    "progress",
+    "clock",
+    "queue_schema",
+)
 
 # Whatever version of procrastinate's schema it is: all that bears its name.
 DROP_QUEUE: Final = """

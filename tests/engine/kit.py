@@ -153,9 +153,9 @@ class Facts:
         return int(self.value(query, *()))
 
     def terminate(self, like: str) -> int:
-        """End the sessions whose application name is like this, as a restart of the database would."""
+        """End the sessions whose application name is like this, as a restart of the database would, and await that."""
         query = (
-            "select count(*) filter (where pg_terminate_backend(pid)) from pg_stat_activity "
+            "select count(*) filter (where pg_terminate_backend(pid, 10000)) from pg_stat_activity "
             "where datname = current_database() and application_name like %s and pid <> pg_backend_pid()"
         )
         return int(self.value(query, like))

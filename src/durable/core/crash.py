@@ -68,10 +68,12 @@ def _charge(view: View, now: datetime, limits: Limits, steps: Sequence[str]) -> 
 
 
 def _after_crash(begun: Begun, now: datetime, limits: Limits) -> Begun:
-    """The first takeover is immediate, later ones back off; after the last one there is nothing to wait for."""
+    """The first takeover is immediate, later ones back off, after the last one there is nothing to wait for. Jittered:
+    a killer and its neighbours, charged together, must not come back together."""
     crashes = begun.crashes + 1
     backs_off = 1 < crashes < limits.max_crashes
-    due = now + timedelta(seconds=min(2.0 ** (crashes - 2), _BACKOFF_LIMIT)) if backs_off else None
+    delay = min(2.0 ** (crashes - 2), _BACKOFF_LIMIT) * (0.5 + limits.chance / 2)
+    due = now + timedelta(seconds=delay) if backs_off else None
     waits = WaitingFor.RETRY if due is not None else None
     return replace(begun, crashes=crashes, since=begun.since or now, due=due, waits=waits, running=False)
 

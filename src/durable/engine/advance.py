@@ -57,18 +57,19 @@ async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> No
     """Step after step, each its own transaction, until the run parks, ends, is claimed, or others have their turn."""
     budget = Budget(engine, kind)
     while hold is not None:
-        engine.at(Point.AFTER_LOCK, executing(hold.view))
-        match plan(hold.view, hold.now, engine.limits()):
-            case Transition() as transition:
-                hold = await write(hold, transition, budget)
-            case Call() | Fanout() as work:
-                with engine.suspects.admit(hold.view.run.id, work) as admitted:
-                    if admitted:
-                        hold = await execute(engine, hold, work, slot, budget)
-                    else:
-                        hold = await hold.write(postponed(hold.view, hold.now, work, SUSPECT_RETRY))
-            case None:
-                hold = await hold.release()
+        async with hold:
+            engine.at(Point.AFTER_LOCK, executing(hold.view))
+            match plan(hold.view, hold.now, engine.limits()):
+                case Transition() as transition:
+                    hold = await write(hold, transition, budget)
+                case Call() | Fanout() as work:
+                    with engine.suspects.admit(hold.view.run.id, work) as admitted:
+                        if admitted:
+                            hold = await execute(engine, hold, work, slot, budget)
+                        else:
+                            hold = await hold.write(postponed(hold.view, hold.now, work, SUSPECT_RETRY))
+                case None:
+                    hold = await hold.release()
 
 
 async def execute(engine: Engine, hold: Hold, work: Call | Fanout, slot: Slot, budget: Budget) -> Hold | None:
@@ -95,6 +96,7 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
             transition = settle(hold.view, ended, engine.limits())
         return await write(hold, transition, budget)
     except engine.DATABASE_ERRORS as error:
+        await hold.discard()
         return await claims.record_anew(engine, hold.view, flight, error)
 
 

@@ -106,7 +106,8 @@ class Claimed:
                 hold = await self._engine.take_claimed(self._lock)
                 self._over = hold is None
                 while hold is not None:
-                    hold = await self._step(hold)
+                    async with hold:
+                        hold = await self._step(hold)
                 return
             self._news.set()  # look again
 
@@ -155,16 +156,21 @@ class Claimed:
         finally:
             del self._flights[flight.call.step_id]
             self._news.set()
+            if flight.hold is not None:  # it was lent a connection, and an error of the engine's own came in between
+                self._lock.row.release()
+                await flight.hold.discard()
 
     async def _write_outcome(self, flight: Flight, ended: Ended) -> None:
         if flight.hold is not None:  # it was lent a connection: the row is locked already
             try:
                 if flight.lost is None:
-                    return await self._settle(flight.hold, ended)
+                    async with flight.hold:
+                        return await self._settle(flight.hold, ended)
             except self._engine.DATABASE_ERRORS as error:
                 ended = replace(ended, outcome=transaction_lost(flight.call, error))
             finally:
                 self._lock.row.release()
+                flight.hold = None
         async with self._lock.row:
             async for _ in self._engine.tries():
                 hold = await self._engine.take_claimed(self._lock)
@@ -174,7 +180,8 @@ class Claimed:
                     await hold.drop()
                     return
                 with self._engine.database_errors_only():
-                    return await self._settle(hold, ended)
+                    async with hold:
+                        return await self._settle(hold, ended)
 
     async def _settle(self, hold: Hold, ended: Ended) -> None:
         transition = settle(hold.view, ended, self._engine.limits())

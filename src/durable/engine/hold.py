@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -37,17 +37,28 @@ RESET: Final = (
 
 class Hold:
     """The hold on one run. After `write`, `write_and_lock`, `release` or `drop` it is over, and its connection is given
-    back. `lent`: a step was given the connection."""
+    back. `lent`: a step was given the connection.
+
+    ``async with hold``: an error in the block, whatever it is, leaves neither the row locked nor the connection lost.
+    """
 
     def __init__(self, desk: Desk, connection: Connection, locked: Locked, journal: Mapping[str, Entry]) -> None:
         self._desk = desk
         self.connection = connection
         self.lent = False
+        self._over = False
         self._read_at, self._started = locked.now, time.monotonic()
         desk.heard(locked.now)
         run = locked.run
         workflow = desk.registry.find(run.workflow, run.version)
         self.view = View(run, workflow, desk.registry, journal, locked.inbox)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            await self.discard()
 
     @property
     def now(self) -> datetime:
@@ -97,6 +108,7 @@ class Hold:
             await self._give_back()
             await desk.enqueue(transition)
             return None
+        self._over = True  # the connection goes on in the next hold
         journal = {k: v for k, v in self.view.journal.items() if k not in transition.forget}
         journal |= {entry.step_id: entry for entry in applied.entries}
         return Hold(desk, self.connection, committed.locked, journal)
@@ -119,9 +131,10 @@ class Hold:
             await self._give_back()
 
     async def discard(self) -> None:
-        """The transaction is not ours any more: neither is the connection."""
-        await self.connection.close()
-        await self._give_back()
+        """The transaction is not ours any more, or must not go on: the connection is closed. Nothing, if it is over."""
+        if not self._over:
+            await self.connection.close()
+            await self._give_back()
 
     async def _take_again(self, transition: Transition) -> Hold | None:
         written = transition.after
@@ -137,6 +150,7 @@ class Hold:
         return hold
 
     async def _give_back(self) -> None:
+        self._over = True
         with suppress(psycopg.Error):
             if self.connection.info.transaction_status is not TransactionStatus.IDLE:
                 await abandon(self.connection)

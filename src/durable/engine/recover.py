@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from durable.core.crash import died
+from durable.core.state import Run
 from durable.engine.desk import Desk
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
@@ -94,10 +95,11 @@ async def take_over_claim(desk: Desk, run_id: uuid.UUID, dead: Collection[int]) 
     if hold is None:
         return False
     claim = hold.view.run.claim
-    if claim is None or not await _is_dead(desk, claim.worker, dead):
-        await hold.drop()
-        return False
-    return await _charge(desk, hold)
+    async with hold:
+        if claim is None or not await _is_dead(desk, claim.worker, dead):
+            await hold.drop()
+            return False
+        return await _charge(desk, hold)
 
 
 async def _is_dead(desk: Desk, worker: int, dead: Collection[int]) -> bool:
@@ -113,17 +115,21 @@ async def _take_over_job(desk: Desk, run_id: uuid.UUID, revision: int | None) ->
     hold = await take(desk, run_id, mode="skip")
     if hold is None:
         return False  # somebody holds the row: it is alive
-    run = hold.view.run
-    if run.claim is not None:
-        await hold.drop()
+    async with hold:
+        if hold.view.run.claim is not None or await _had_ended(desk, hold.view.run, revision):
+            await hold.drop()
+            return False
+        return await _charge(desk, hold)
+
+
+async def _had_ended(desk: Desk, run: Run, revision: int | None) -> bool:
+    """Whether the job for `revision` was through: the run has moved on, and what follows is enqueued, or waits."""
+    if revision == run.revision:
         return False
+    if revision is not None and run.waiting_for is not None:
+        return True
     async with desk.pool.connection() as connection:
-        waiting = await queries.has_job(desk.store, connection, run.id, run.revision)
-    parked = revision is not None and run.waiting_for is not None
-    if revision != run.revision and (waiting or parked):  # it had come to its end: what follows is enqueued, or waits
-        await hold.drop()
-        return False
-    return await _charge(desk, hold)
+        return await queries.has_job(desk.store, connection, run.id, run.revision)
 
 
 async def _charge(desk: Desk, hold: Hold) -> bool:

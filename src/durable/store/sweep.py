@@ -50,8 +50,8 @@ _DUE: Final = f"""
   r.wake_at <= (select {{schema}}.engine_now()) and r.status in ('pending', 'suspended', 'compensating')
   and r.claim_token is null and {_NO_JOB}
 """
-# A worker died with a job of the run: evidence of a crash, which the takeover charges. Whoever put the run back before it
-# would run the step once more uncharged, and a step that kills its worker would go on doing so.
+# A worker died with a job of the run: evidence of a crash, which the takeover charges. Whoever put the run back before
+# it would run the step once more uncharged, and a step that kills its worker would go on doing so.
 _LEFT_TO_TAKEOVER: Final = f"""
   array(select (j.args ->> 'run_id')::uuid from {{schema}}.procrastinate_jobs j
         join {{schema}}.workers w on w.queue_worker_id = j.worker_id

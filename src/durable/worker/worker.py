@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from durable.core.graph import go_on
+from durable.engine.engine import Engine
 from durable.engine.hold import take
 from durable.engine.loops import Loops
 from durable.engine.points import Hook, nothing
@@ -59,10 +60,13 @@ class Worker:
         self._stop = asyncio.Event()
         self.started = asyncio.Event()
         self._queue_worker: LastingWorker | None = None
+        self._engine: Engine | None = None
 
     def stop(self) -> None:
         """Take no new work; let what is executing end within the grace time. To be called on the worker's loop."""
         self._stop.set()
+        if self._engine is not None:
+            self._engine.stopping = True  # a job that is at work takes no further step
         if self._queue_worker is not None:
             self._queue_worker.end()
 
@@ -77,6 +81,7 @@ class Worker:
         async with open_session(self._app, self._options, handlers_app=self._handlers_app, at=self._at) as session:
             loops = Loops(session.engine, session.liveness, lambda: self._jobs(session))
             loops.start()
+            self._engine = session.engine
             if dog is not None:
                 dog.start()
             self.started.set()
@@ -141,7 +146,7 @@ class Worker:
         """After `stop`: wait, then interrupt, then give up what does not end."""
         await self._stop.wait()
         engine = session.engine
-        engine.stopping = True
+        engine.stopping = True  # also of one that was opened after `stop`
         await asyncio.sleep(self._grace)
         log.info("interrupting %d steps after %.0f s of grace", engine.executing, self._grace)
         engine.interrupt_all()
