@@ -717,7 +717,6 @@ BAD_HANDLERS: dict[str, tuple[Callable[[Ctx], Any], str, tuple[str, ...]]] = {
     "generator exit": (raising(GeneratorExit), "GeneratorExit", ()),
     "recursion": (recurse, "RecursionError", ("maximum recursion depth",)),
     "stop iteration": (raising(lambda: StopIteration(1)), "StopIteration", ()),
-    "cut": (cutting, "", ("terminating connection",)),
     "commit": (committing, "", ("commit",)),
     "raw commit": (committing_raw, "NonRetryable", ("by SQL of its own", "leave COMMIT and ROLLBACK out")),
     "raw rollback": (rolling_back_raw, "NonRetryable", ("by SQL of its own", "leave COMMIT and ROLLBACK out")),
@@ -729,9 +728,26 @@ def effect(ctx: Ctx) -> None:
     ctx.connection().execute(text("insert into effects values ('before')"))
 
 
-SYNC_ONLY = ("cut", "commit", "raw commit", "raw rollback", "swallowed")  # of the other: tests/engine/test_borrow.py
+SYNC_ONLY = ("commit", "raw commit", "raw rollback", "swallowed")  # of the other: tests/engine/test_borrow.py
 IN_COLOUR = [(what, "sync") for what in BAD_HANDLERS]
 IN_COLOUR += [(what, "async") for what in BAD_HANDLERS if what not in SYNC_ONLY]
+
+
+async def test_a_handler_that_always_cuts_its_connection_is_stopped(dsn: str) -> None:
+    """A lost connection is no failed attempt, and not counted as one; but it can't repeat for ever."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("create table effects (what text)")
+        bad = define("bad").step("before", effect).step("bad", cutting, retry=1)
+        async with AsyncDurable(dsn, workflows=[bad], max_crashes=3) as app, AsyncHarness(app) as harness:
+            run = await app.start(bad)
+            for _ in range(3):
+                await harness.drain()
+                await harness.skip(minutes=1)
+            with pytest.raises(RunFailed, match="it was interrupted 3 times"):
+                await run.result(timeout=0)
+            kinds = [event.kind for event in await run.history()]
+        assert connection.execute("select * from effects").fetchall() == [("before",)]
+    assert kinds.count("attempt_interrupted") == 3
 
 
 @pytest.mark.parametrize(("what", "colour"), IN_COLOUR)

@@ -324,7 +324,8 @@ class Gate:
         facts.value(f"select pg_advisory_lock({GATE})")
 
     async def wait(self) -> None:
-        query = f"select 1 from pg_locks where locktype = 'advisory' and objid = {GATE} and not granted"
+        here = "database = (select oid from pg_database where datname = current_database())"
+        query = f"select 1 from pg_locks where locktype = 'advisory' and objid = {GATE} and not granted and {here}"
         await until(lambda: self._facts.rows(query), "a burst stands at the gate")
 
     def open(self) -> None:

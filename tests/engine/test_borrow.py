@@ -724,11 +724,11 @@ async def test_a_deadlock_reruns_the_victim(bench: Bench) -> None:
     assert rows == [(None,), (None,)]
 
 
-async def _until_waiting(bench: Bench) -> None:
-    while True:
-        found = await bench.other.execute("select 1 from pg_stat_activity where wait_event_type = 'Lock'")
-        if await found.fetchone():
-            return
+async def _until_waiting(bench: Bench, event: str = "wait_event_type = 'Lock'") -> None:
+    """Until a session of this database waits for that."""
+    ours = f"select 1 from pg_stat_activity where datname = current_database() and {event}"
+    while await (await bench.other.execute(ours)).fetchone() is None:
+        pass
 
 
 # ---------------------------------------------------------------- limits and interruption
@@ -782,6 +782,7 @@ async def test_a_cancelled_async_handler_is_rolled_back_and_raises(bench: Bench)
     await bench.begin()
     task = asyncio.create_task(bench.call(handler))
     await at.wait()
+    await _until_waiting(bench, "wait_event = 'PgSleep'")  # a cancel that is ahead of its statement ends nothing
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

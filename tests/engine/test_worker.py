@@ -218,7 +218,8 @@ async def test_a_worker_whose_lock_was_lost_takes_it_again(dsn: str, facts: Fact
         (job,) = await bench.start_jobs()
         await soon(step.began.wait())
         claim, worker = facts.run(run)["claim_token"], bench.engine.worker
-        lock = "select 1 from pg_locks where locktype = 'advisory' and granted and objid = %s"
+        here = "database = (select oid from pg_database where datname = current_database())"
+        lock = f"select 1 from pg_locks where locktype = 'advisory' and granted and objid = %s and {here}"
         assert facts.rows(lock, worker)
         since = bench.session.liveness._since
         assert facts.terminate("durable liveness") == 1

@@ -58,7 +58,7 @@ def _ready(view: View, call: Call, begun: Begun) -> Call:
 
 def _interrupted(call: Call, begun: Begun) -> Failure:
     why = "it may run at most once" if call.work.at_most_once else f"it was interrupted {begun.crashes} times"
-    message = f"step {call.step_id!r}: its worker died before the outcome was recorded, and {why}"
+    message = f"step {call.step_id!r}: its worker or its connection died before the outcome was recorded, and {why}"
     return Failure(
         "durable.errors.StepInterrupted", message, "interrupted", call.step_id, begun.attempts + begun.crashes
     )

@@ -25,10 +25,10 @@ def died(view: View, now: datetime, limits: Limits) -> Transition | None:
     if view.run.claim is not None:
         free = replace(view, run=replace(view.run, claim=None))
         running = [step_id for step_id, begun in view.run.frame.items() if begun.running]
-        return replace(_charge(free, now, limits, running) if running else go_on(free, now), before=view.run)
+        return replace(charge(free, now, limits, running) if running else go_on(free, now), before=view.run)
     match plan(view, now, limits):
         case Call(claims_first=False, step_id=step_id):
-            return _charge(view, now, limits, [step_id])
+            return charge(view, now, limits, [step_id])
         case Call() | Fanout():  # it runs by a claim only, and there was none yet
             return move(view, now, _active(view))
         case decided:
@@ -54,14 +54,15 @@ def postponed(view: View, now: datetime, work: Call | Fanout, seconds: float) ->
     return move(view, now, _active(view), frame=frame)
 
 
-def _charge(view: View, now: datetime, limits: Limits, steps: Sequence[str]) -> Transition:
+def charge(view: View, now: datetime, limits: Limits, steps: Sequence[str], why: str = "its worker died") -> Transition:
+    """Count a crash of these steps, and hand them back."""
     frame = dict(view.run.frame)
     records = []
     for step_id in steps:
         begun = frame.get(step_id, NOT_BEGUN)
         frame[step_id] = charged = _after_crash(begun, now, limits)
         attempt = begun.attempts + 1
-        failure = Failure("durable.errors.StepInterrupted", "its worker died", "interrupted", step_id, attempt)
+        failure = Failure("durable.errors.StepInterrupted", why, "interrupted", step_id, attempt)
         record = FailedAttempt(step_id, attempt, "interrupted", failure, begun.since, now, charged.due)
         records.append(record)
     return move(view, now, _active(view), frame=frame, attempts=tuple(records))

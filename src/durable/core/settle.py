@@ -9,6 +9,7 @@ from typing import Any, assert_never
 
 from durable.core import undo
 from durable.core.attempt import signal
+from durable.core.crash import charge
 from durable.core.finish import asked, complete, node_done
 from durable.core.give_up import current_node, entry_of, step_failed
 from durable.core.loops import iterations, loop_result
@@ -54,6 +55,8 @@ def settle(view: View, ended: Ended, limits: Limits) -> Transition:
             return _suspended(view, ended, snapshot)
         case Failed() as failed:
             return _failed(view, ended, failed, limits)
+        case Interrupted("crash"):
+            return _crashed(view, ended, limits)
         case Interrupted(by):
             return _interrupted(view, ended, by)
         case _:
@@ -222,6 +225,13 @@ def _interrupted(view: View, ended: Ended, by: str) -> Transition:
     claim = run.claim if _is_branch(view, call) else None
     status = Status.COMPENSATING if run.status is Status.COMPENSATING else Status.RUNNING
     return move(view, ended.now, status, frame=frame, claim=claim, attempts=(record,))
+
+
+def _crashed(view: View, ended: Ended, limits: Limits) -> Transition:
+    """Its transaction was lost with the connection: counted like a crash, so that it can't repeat for ever."""
+    free = view if _is_branch(view, ended.call) else replace(view, run=replace(view.run, claim=None))
+    charged = charge(free, ended.now, limits, [ended.call.step_id], "its connection to the database was lost")
+    return replace(charged, before=view.run)
 
 
 def _is_branch(view: View, call: Call) -> bool:

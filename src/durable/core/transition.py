@@ -104,9 +104,10 @@ class Suspended:
 @dataclass(frozen=True, slots=True)
 class Interrupted:
     """The handler was ended from outside before it had an outcome. `by`: ``cancel`` (a request in the inbox),
-    ``shutdown`` (handed back, not counted), ``crash`` (its worker died, counted), ``claim_lost``."""
+    ``shutdown`` (handed back, not counted), ``crash`` (the connection that it was lent is gone, and with it what it
+    wrote: counted as the death of a worker is)."""
 
-    by: Literal["cancel", "shutdown", "crash", "claim_lost"]
+    by: Literal["cancel", "shutdown", "crash"]
 
 
 Outcome: TypeAlias = Succeeded | Iterated | Failed | Suspended | Interrupted

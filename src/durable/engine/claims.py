@@ -19,7 +19,7 @@ from durable.core.graph import plan
 from durable.core.settle import Ended, settle
 from durable.core.state import View
 from durable.core.transition import Call, Fanout, Next, Transition
-from durable.engine.flight import ClaimLock, ClaimLost, Flight, transaction_lost
+from durable.engine.flight import ClaimLock, ClaimLost, Flight, without_transaction
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
 from durable.values import Status
@@ -167,7 +167,7 @@ class Claimed:
                     async with flight.hold:
                         return await self._settle(flight.hold, ended)
             except self._engine.DATABASE_ERRORS as error:
-                ended = replace(ended, outcome=transaction_lost(flight.call, error))
+                ended = replace(ended, outcome=without_transaction(flight.call, error))
             finally:
                 self._lock.row.release()
                 flight.hold = None
@@ -220,7 +220,7 @@ async def record_anew(engine: Engine, view: View, flight: Flight, error: Excepti
     """
     ended = await flight.ended()
     if flight.lent and flight.lost is None:
-        ended = replace(ended, outcome=transaction_lost(flight.call, error))
+        ended = replace(ended, outcome=without_transaction(flight.call, error))
     log.warning("run %s: writing the outcome of %r again after: %s", view.run.id, flight.call.step_id, error)
     async for _ in engine.tries(limit=8):
         with engine.database_errors_only():

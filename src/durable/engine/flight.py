@@ -16,6 +16,9 @@ import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import psycopg
+from psycopg_pool import PoolTimeout
+
 from durable.core.crash import claimed
 from durable.core.settle import Ended
 from durable.core.state import Claim, Failure, View
@@ -30,6 +33,7 @@ from durable.store.db import Connection
 if TYPE_CHECKING:
     from durable.engine.engine import Engine
 
+LOST = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
 UNDER_PRESSURE = 0.05  # seconds that a handler may keep its connection when others wait for one
 
 
@@ -109,6 +113,15 @@ class Flight:
             self._engine.at(Point.AFTER_CLAIM, what)
             return True
 
+    async def _without_transaction(self, lost: TransactionLost) -> Outcome:
+        self.lost = lost
+        gone = self.hold is None or self.hold.connection.closed
+        if self.hold is not None:
+            await self.hold.discard()
+        if gone:
+            return Interrupted(self._interrupted_by or "crash")
+        return lost.outcome if isinstance(lost.outcome, Failed) else without_transaction(self.call, lost)
+
     def _facts(self) -> dict[str, Any]:
         """What every log record of the handler says, whichever logger it goes through."""
         run, call = self.view.run, self.call
@@ -124,10 +137,7 @@ class Flight:
                     self.call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said
                 )
         except TransactionLost as lost:
-            outcome = lost.outcome if isinstance(lost.outcome, Failed) else transaction_lost(self.call, lost)
-            self.lost = lost
-            if self.hold is not None:
-                await self.hold.discard()
+            outcome = await self._without_transaction(lost)
         except asyncio.CancelledError:
             if self._interrupted_by is None:
                 raise
@@ -162,8 +172,11 @@ class ClaimLost(Exception):
     """The claim has ended or was taken over: whatever the handler still brings is discarded."""
 
 
-def transaction_lost(call: Call, error: BaseException) -> Failed:
-    """The step's own transaction is gone, and with it what the step wrote: a failed attempt."""
+def without_transaction(call: Call, error: BaseException) -> Outcome:
+    """What an attempt came to whose own transaction is gone, and with it what it wrote. A lost connection is nothing
+    that the step did: it was interrupted, as by a crash. What the server refused is a failed attempt."""
+    if isinstance(error, LOST):
+        return Interrupted("crash")
     message = f"the step's transaction was lost, and with it what the step wrote: {error}"
     failure = Failure("durable.engine.calls.TransactionLost", message, "error", call.step_id, call.attempt)
     return Failed(failure, retryable=True)

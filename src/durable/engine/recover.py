@@ -20,6 +20,7 @@ from durable.core.state import Run
 from durable.engine.desk import Desk
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
+from durable.store import read
 from durable.store import sweep as queries
 
 log = logging.getLogger(__name__)
@@ -76,13 +77,15 @@ async def take_over_from_dead(desk: Desk) -> int:
         dead = await queries.dead_workers(desk.store, connection)
         claims = await queries.claims_of(desk.store, connection, dead)
         jobs = await queries.doing_jobs_of(desk.store, connection, dead)
-        ended = set(await queries.delete_jobs(desk.store, connection, [job.id for job in jobs]) if jobs else ())
+        spent = [job.id for job in jobs if job.run_id is None or job.run_id in claims]
+        if spent:
+            await queries.delete_jobs(desk.store, connection, spent)
     count = 0
     for run_id in claims:
         count += await take_over_claim(desk, run_id, dead)
     for job in jobs:
-        if job.id in ended and job.run_id is not None and job.run_id not in claims:  # deleted by this sweep, no other
-            count += await _take_over_job(desk, job.run_id, job.args.get("revision"))
+        if job.id not in spent:
+            count += await _take_over_job(desk, job)
     if dead:
         async with desk.pool.connection() as connection:
             await queries.forget_workers(desk.store, connection, dead)
@@ -110,16 +113,28 @@ async def _is_dead(desk: Desk, worker: int, dead: Collection[int]) -> bool:
         return not await queries.registered(desk.store, connection, worker)
 
 
-async def _take_over_job(desk: Desk, run_id: uuid.UUID, revision: int | None) -> bool:
-    """A job of this run was in the hands of a worker that died; was the run?"""
-    hold = await take(desk, run_id, mode="skip")
+async def _take_over_job(desk: Desk, job: queries.DeadJob) -> bool:
+    """A job was in the hands of a worker that died; was its run? The job goes with the charge, in one transaction."""
+    assert job.run_id is not None
+    hold = await take(desk, job.run_id, mode="skip")
     if hold is None:
-        return False  # somebody holds the row: it is alive
+        return await _forget_if_gone(desk, job)
     async with hold:
-        if hold.view.run.claim is not None or await _had_ended(desk, hold.view.run, revision):
+        ours = await queries.delete_jobs(desk.store, hold.connection, [job.id])
+        run = hold.view.run
+        if not ours or run.claim is not None or await _had_ended(desk, run, job.args.get("revision")):
             await hold.drop()
             return False
         return await _charge(desk, hold)
+
+
+async def _forget_if_gone(desk: Desk, job: queries.DeadJob) -> bool:
+    """Somebody holds the row: the job stays, as evidence, until it is free. Or there is no such run any more."""
+    assert job.run_id is not None
+    async with desk.pool.connection() as connection:
+        if not await read.exists(desk.store, connection, job.run_id):
+            await queries.delete_jobs(desk.store, connection, [job.id])
+    return False
 
 
 async def _had_ended(desk: Desk, run: Run, revision: int | None) -> bool:

@@ -279,10 +279,12 @@ select not exists (select from {{schema}}.procrastinate_jobs
    and not exists (select from {{schema}}.runs r where {_DUE} and r.queue = %(queue)s)
 """)
 
-    has_job = statement("""
--- a continuation that waits
-select exists (select from {schema}.procrastinate_jobs
+    has_job = statement(f"""
+-- a continuation that waits, or whatever job of the run that is in the hands of a live worker
+select exists (select from {{schema}}.procrastinate_jobs
                where status = 'todo' and queueing_lock = %(id)s::uuid || ':' || %(revision)s)
+    or exists (select from {{schema}}.procrastinate_jobs j join {{schema}}.workers w on w.queue_worker_id = j.worker_id
+               where j.status = 'doing' and j.args ->> 'run_id' = %(id)s::uuid::text and w.id = any (array({_LIVE})))
 """)
 
     notify_ended = statement("""
@@ -518,7 +520,7 @@ async def adopt(db: Store, connection: Connection, run_id: uuid.UUID, revision: 
 
 
 async def has_job(db: Store, connection: Connection, run_id: uuid.UUID, revision: int) -> bool:
-    """Whether a continuation for this revision waits in the queue."""
+    """Whether a continuation for this revision waits in the queue, or a live worker has a job of the run."""
     return bool(await _value(db, connection, "has_job", id=run_id, revision=revision))
 
 
