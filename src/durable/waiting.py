@@ -129,7 +129,7 @@ class Endings:
         settings: dict[str, Any] = connection_settings(self._store.dsn, "durable result")
         connection = await psycopg.AsyncConnection.connect(self._store.dsn, autocommit=True, **settings)
         try:
-            await connection.execute(f'listen "{sweep.ended_channel(self._store.schema)}"'.encode())
+            await connection.execute(f'listen "{self._store.ended_channel}"'.encode())
         except BaseException:
             await connection.close()
             raise

@@ -155,7 +155,6 @@ def test_no_page_looks_at_all_runs(filled: psycopg.Connection[Any], name: str, a
 SWEEPS: Final[dict[str, tuple[dict[str, Any], int]]] = {
     "claims_of": ({"ids": [1, 2]}, 100),
     "forget": ({"ids": [1, 2]}, 100),
-    "due": ({"limit": 20}, 120),
     "enqueue_due": ({"limit": 20}, 120),
     "next_wake": ({}, 5),
     "unread": ({"limit": 20}, 100),

@@ -13,9 +13,8 @@ import pytest
 import pytest_asyncio
 from tests.store.kit import jobs, rows
 
-from durable.store import sweep
+from durable.store import nudges, sweep
 from durable.store.db import Connection, Pool, Store
-from durable.values import Status
 
 HERE = "database = (select oid from pg_database where datname = current_database())"
 
@@ -279,12 +278,9 @@ async def test_what_is_due(store: Store, connection: Connection) -> None:
     has_stale_job = await put(connection, due="-0.2 s", revision=4)
     await enqueue(connection, has_stale_job, 3)
 
-    found = await sweep.due_runs(store, connection)
-    assert [run.id for run in found] == [first, undoing, delayed, has_stale_job]
-    assert found[1] == sweep.Due(undoing, Status.COMPENSATING, 3, "shop", 5)
-    assert [run.id for run in await sweep.due_runs(store, connection, 2)] == [first, undoing]
-
     assert await sweep.enqueue_due(store, connection, 3) == 3
+    enqueued = [len(await jobs(store, connection, run)) for run in (first, undoing, delayed, has_stale_job)]
+    assert enqueued == [1, 1, 1, 1], "the longest due first: the last has only the job that it had"
     assert await sweep.enqueue_due(store, connection) == 1
     assert await sweep.enqueue_due(store, connection) == 0
     assert [job[:2] for job in await jobs(store, connection, first)] == [("durable.advance", 0)]
@@ -519,14 +515,15 @@ async def test_runs_that_wait_for_a_definition(store: Store, connection: Connect
 
 async def test_waiters_are_told_once(store: Store, connection: Connection, direct: Connection) -> None:
     run, waiters = uuid.uuid4(), sorted([uuid.uuid4(), uuid.uuid4()])
-    await direct.execute(b"listen " + sweep.ended_channel().encode())
-    assert await sweep.notify_ended(store, connection, uuid.uuid4()) == 0
+    await direct.execute(b"listen " + store.ended_channel.encode())
+    await nudges.notify_ended(store, connection, [uuid.uuid4()])
     for waiter in (*waiters, waiters[0]):
         await sweep.register_waiter(store, connection, run, waiter)
-    assert sorted(await sweep.waiters_of(store, connection, run)) == waiters
-    assert await sweep.notify_ended(store, connection, run) == 2
-    assert await sweep.notify_ended(store, connection, run) == 0
-    assert await sweep.waiters_of(store, connection, run) == []
+    waiting = "select waiter from durable.waiters order by waiter"
+    assert [waiter for (waiter,) in await rows(connection, waiting)] == waiters
+    await nudges.notify_ended(store, connection, [run, uuid.uuid4()])
+    await nudges.notify_ended(store, connection, [run])
+    assert await rows(connection, waiting) == []
     told = [notice.payload async for notice in direct.notifies(timeout=0.5)]
     assert told == [str(run)]
 

@@ -2,7 +2,7 @@
 
 A transition raises the revision by one. A run that ends lets go of claim, frame and waits. A run that stays runnable
 and unclaimed has a continuation enqueued with the same write; one that parks, ends or is claimed has none, but for what
-has been asked of it and not been done yet: the write marks all messages as seen, and no doorbell rings for those again.
+has been asked of it and not been done yet, whose doorbell has rung already.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Final
 from durable.core.transition import Next
 from durable.engine import recover
 from durable.engine.advance import continue_run
-from durable.engine.engine import Engine
+from durable.engine.engine import ALARM_HORIZON, Engine
 from durable.engine.liveness import Liveness
 from durable.store import sweep as queries
 
@@ -55,6 +55,15 @@ class Loops:
         while True:
             await self._until_alarm_or_tick()
             await self._survive("timers", lambda: recover.put_back_due(self._engine))
+            await self._survive("timers", self._set_next_alarm)
+
+    async def _set_next_alarm(self) -> None:
+        """The next timer, whoever parked its run: if it falls due before the next tick but one, it gets an alarm."""
+        engine = self._engine
+        async with engine.pool.connection() as connection:
+            soonest = await queries.next_wake(engine.store, connection)
+        if soonest is not None and soonest - engine.now() < ALARM_HORIZON and soonest not in self._alarms:
+            heapq.heappush(self._alarms, soonest)
 
     async def _until_alarm_or_tick(self) -> None:
         engine, clock = self._engine, asyncio.get_running_loop().time

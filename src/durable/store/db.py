@@ -46,6 +46,11 @@ class Store:
         """Where a control request, or a message to a claimed run, is announced: the payload is the run's id."""
         return f"{self.schema}_control"
 
+    @property
+    def ended_channel(self) -> str:
+        """Where the end of a run is announced that somebody waits for: the payload is the run's id."""
+        return f"{self.schema}_ended"
+
     def open_pool(
         self,
         size: int,

@@ -81,5 +81,5 @@ async def report(db: Store, connection: Connection, said: Mapping[tuple[uuid.UUI
 
 async def notify_ended(db: Store, connection: Connection, ids: Collection[uuid.UUID]) -> None:
     """Wake those who wait for the end of these runs: after the ending commit, never inside it."""
-    values = {"channel": f"{db.schema}_ended", "ids": list(ids)}
+    values = {"channel": db.ended_channel, "ids": list(ids)}
     await connection.execute(statements(db.schema).notify_ended, values)

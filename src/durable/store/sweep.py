@@ -23,7 +23,6 @@ from psycopg.rows import dict_row
 
 from durable.store.db import Connection, Store
 from durable.store.sql import Statements, statement
-from durable.store.tables import DEFAULT_SCHEMA
 from durable.values import Status
 
 # ---------------------------------------------------------------- pieces that several statements share
@@ -160,12 +159,6 @@ delete from {schema}.procrastinate_jobs where id in (
 select id from {schema}.procrastinate_jobs where status = 'doing' and worker_id = %(worker)s order by id
 """)
 
-    due = statement(f"""
--- parked runs whose time has come
-select r.id, r.status, r.revision, r.queue, r.priority from {{schema}}.runs r
-where {_DUE} order by r.wake_at limit %(limit)s
-""")
-
     enqueue_due = statement(f"""
 -- give them their continuations
 with r as materialized (
@@ -285,17 +278,6 @@ select exists (select from {{schema}}.procrastinate_jobs
                where status = 'todo' and queueing_lock = %(id)s::uuid || ':' || %(revision)s)
     or exists (select from {{schema}}.procrastinate_jobs j join {{schema}}.workers w on w.queue_worker_id = j.worker_id
                where j.status = 'doing' and j.args ->> 'run_id' = %(id)s::uuid::text and w.id = any (array({_LIVE})))
-""")
-
-    notify_ended = statement("""
--- tell who waits for the end
-with gone as (delete from {schema}.waiters where run_id = %(id)s returning 1), told as (select count(*) as n from gone)
-select n, case when n > 0 then pg_notify(%(schema)s::text || '_ended', %(id)s::uuid::text) end from told
-""")
-
-    waiters_of = statement("""
--- who waits for the end
-select waiter from {schema}.waiters where run_id = %(id)s
 """)
 
     register_waiter = statement("""
@@ -458,11 +440,6 @@ async def own_stray_jobs(
 # ---------------------------------------------------------------- timers
 
 
-async def due_runs(db: Store, connection: Connection, limit: int = 100) -> list[Due]:
-    """Parked runs whose time has come and that have no job yet, the longest due first."""
-    return [_due(row) for row in await _rows(db, connection, "due", limit=limit)]
-
-
 async def enqueue_due(db: Store, connection: Connection, limit: int = 100) -> int:
     """Give each due run its continuation; returns how many got one. As many as `limit`: there may be more."""
     return int(await _value(db, connection, "enqueue_due", limit=limit))
@@ -547,21 +524,6 @@ def missing_names(known: Iterable[tuple[str, str]]) -> list[str]:
 
 
 # ---------------------------------------------------------------- who waits for an end
-
-
-def ended_channel(schema: str = DEFAULT_SCHEMA) -> str:
-    """The channel on which the ends of runs are told, the run's id as payload."""
-    return f"{schema}_ended"
-
-
-async def notify_ended(db: Store, connection: Connection, run_id: uuid.UUID) -> int:
-    """Tell who waits for the run's end; returns how many did. After the ending commit, never inside it."""
-    return int(await _value(db, connection, "notify_ended", id=run_id))
-
-
-async def waiters_of(db: Store, connection: Connection, run_id: uuid.UUID) -> list[uuid.UUID]:
-    """Who waits for the run's end."""
-    return await _column(db, connection, "waiters_of", id=run_id)
 
 
 async def register_waiter(db: Store, connection: Connection, run_id: uuid.UUID, waiter: uuid.UUID) -> None:
