@@ -28,6 +28,7 @@ def session(app: Durable, empty_dsn: str) -> Iterator[Session]:
         yield session
 
 
+@pytest.mark.behaviour("SD-23")
 def test_rows_are_read_like_any_model(app: Durable, session: Session) -> None:
     started = app.start(work, {"n": 1}, key="k", tags={"tenant": "acme"})
     app.start(work).cancel()
