@@ -197,7 +197,9 @@ begin
   end if;
   select count(*) into v_waits
   from jsonb_each(v_run.frame) as step (id, begun)
-  where begun ->> 'waits' in ('signal', 'resume') and begun ->> 'name' = p_name;
+  where begun ->> 'waits' in ('signal', 'resume') and begun ->> 'name' = p_name
+    -- what is accepted must be taken: a message that comes after the wait's time is not
+    and coalesce((begun ->> 'deadline')::timestamptz > engine_now() + interval '50 ms', true);
   if v_waits <= (
     select count(*) from inbox i
     where i.run_id = p_run and i.kind = 'signal' and i.name = p_name and i.state <> 'taken'

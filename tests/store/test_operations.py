@@ -328,6 +328,17 @@ async def test_resume_is_for_exactly_this_wait(store: Store, connection: Connect
     ]
 
 
+@pytest.mark.parametrize(("left", "answer"), [("1 hour", "accepted"), ("-1 s", "refused")])
+async def test_a_wait_whose_time_is_over_accepts_nothing(
+    store: Store, connection: Connection, left: str, answer: str
+) -> None:
+    """Although nobody has applied its timeout yet: a message would come too late to be taken."""
+    run = await started(store, connection)
+    [(deadline,)] = await rows(connection, f"select to_json(now() + interval '{left}') #>> '{{}}'")
+    await park(connection, run.id, {"a": {"waits": "signal", "name": "x", "deadline": deadline}})
+    assert await go(operations.resume(store, run.id, "x"), connection) == answer
+
+
 async def test_two_waits_for_one_name_take_two(store: Store, connection: Connection) -> None:
     run = await started(store, connection)
     await park(connection, run.id, {"a": {"waits": "signal", "name": "x"}, "b": {"waits": "signal", "name": "x"}})
