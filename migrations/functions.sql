@@ -52,16 +52,57 @@ end
 $$;
 
 
+-- The run in which a chain of continue_as_new that goes through this one ends now: itself, if it has no successor.
+-- Takes no lock: the end may have gone on when the answer is there.
+create function chain_end(p_run uuid) returns uuid
+language plpgsql stable
+set search_path = {schema}, pg_temp
+as $$
+declare
+  v_id uuid := p_run;
+  v_next uuid := p_run;
+begin
+  while v_next is not null loop
+    v_id := v_next;
+    select r.successor into v_next from runs r where r.id = v_id;
+  end loop;
+  return v_id;
+end
+$$;
+
+
+-- Whether a message with this id was sent to one of the runs that this one went on from.
+create function sent_before(p_run uuid, p_message_id text) returns boolean
+language plpgsql volatile
+set search_path = {schema}, pg_temp
+as $$
+declare
+  v_id uuid := p_run;
+begin
+  loop
+    select r.predecessor into v_id from runs r where r.id = v_id;
+    exit when v_id is null;
+    perform from inbox i where i.run_id = v_id and i.message_id = p_message_id;
+    if found then
+      return true;
+    end if;
+  end loop;
+  return false;
+end
+$$;
+
+
 -- Creates a run and its first job; with a delay no job: the run waits for its start. A deadline counts from there.
--- A used id, or key of this workflow, returns the run that has it. Two statements: after `on conflict do nothing` had
--- to wait for a rival, only a new statement sees what the rival committed. A child inherits its root.
+-- A used id, or key of this workflow, returns the run that has it: a used key the end of its chain, of which the first
+-- run was asked for. Two statements: after `on conflict do nothing` had to wait for a rival, only a new statement sees
+-- what the rival committed. A child inherits its root, a successor the chain of its predecessor.
 -- p_input_hash says whether inputs are the same; a caller that has none passes ''.
 create function start_run(
   p_id uuid, p_workflow text, p_version text, p_input json, p_input_hash text, p_queue text,
   p_key text default null, p_tags jsonb default '{}', p_priority int default 0,
   p_delay interval default null, p_timeout interval default null,
   p_parent uuid default null, p_parent_step text default null, p_root uuid default null,
-  p_deadline timestamptz default null
+  p_deadline timestamptz default null, p_predecessor uuid default null
 ) returns table (id uuid, created boolean, same boolean)
 language plpgsql volatile
 set search_path = {schema}, pg_temp
@@ -74,13 +115,14 @@ begin
   loop
     insert into runs (
       id, workflow, version, input, input_hash, queue, priority, key, tags, parent_id, parent_step, root_id,
-      waiting_for, wake_at, deadline, created_at
+      waiting_for, wake_at, deadline, chain, predecessor, created_at
     ) values (
       p_id, p_workflow, p_version, p_input, p_input_hash, p_queue, p_priority, p_key, p_tags, p_parent, p_parent_step,
       coalesce(p_root, (select r.root_id from runs r where r.id = p_parent), p_parent, p_id),
       case when v_delay is not null then 'start' end,
       v_now + v_delay,
       coalesce(p_deadline, v_now + coalesce(v_delay, interval '0') + p_timeout),
+      (select coalesce(r.chain, r.id) from runs r where r.id = p_predecessor), p_predecessor,
       v_now
     )
     on conflict do nothing;
@@ -94,9 +136,10 @@ begin
     end if;
     return query
       select r.id, false,
-        r.workflow = p_workflow and r.version = p_version and (r.input_hash = p_input_hash or p_input_hash = '')
-      from runs r
-      where r.id = p_id or (r.workflow = p_workflow and r.key = p_key)
+        r.workflow = p_workflow and coalesce(first.version, r.version) = p_version
+          and (r.input_hash = p_input_hash or p_input_hash = '')
+      from runs r left join runs first on first.id = r.chain
+      where r.id = p_id or (r.workflow = p_workflow and r.key = p_key and r.successor is null)
       order by r.id <> p_id
       limit 1;
     exit when found;  -- else it was purged in between
@@ -139,53 +182,105 @@ $$;
 -- Puts a message into a run's inbox, and rings. Answers `sent`, `duplicate` (this id was sent to it before),
 -- `finished` or `unknown`. Reads the status without a lock, so that it never waits for an executing step: a message
 -- that crosses the run's end stays in the inbox. An ended run takes nothing; a completed one can be rolled back.
+-- What is sent to a run that went on as new goes to the end of its chain, and an id counts once in the whole of it. What
+-- a child answers does not: it is for the run that asked.
 create function send_message(
-  p_run uuid, p_kind text, p_name text default null, p_body json default null, p_message_id text default null
+  p_run uuid, p_kind text, p_name text default null, p_body json default null, p_message_id text default null,
+  p_wants_reply boolean default false
 ) returns text
 language plpgsql volatile
 set search_path = {schema}, pg_temp
 as $$
 declare
+  v_id uuid := p_run;
   v_run record;
 begin
-  select r.status, r.queue, r.priority, r.claim_token is not null as claimed into v_run from runs r where r.id = p_run;
-  if not found then
-    return 'unknown';
+  loop
+    select r.status, r.queue, r.priority, r.claim_token is not null as claimed, r.predecessor, r.successor into v_run
+    from runs r where r.id = v_id;
+    if not found then
+      return 'unknown';
+    end if;
+    exit when v_run.successor is null or p_kind = 'child';
+    v_id := v_run.successor;
+  end loop;
+  if p_message_id is not null and v_run.predecessor is not null and sent_before(v_id, p_message_id) then
+    return 'duplicate';
   end if;
   if v_run.status in ('completed', 'failed', 'canceled') and (v_run.status, p_kind) <> ('completed', 'rollback') then
-    perform from inbox i where i.run_id = p_run and i.message_id = p_message_id;
+    perform from inbox i where i.run_id = v_id and i.message_id = p_message_id;
     return case when found then 'duplicate' else 'finished' end;
   end if;
-  insert into inbox (run_id, kind, name, body, message_id, sent_at)
-  values (p_run, p_kind, p_name, p_body, p_message_id, engine_now())
+  insert into inbox (run_id, kind, name, body, message_id, wants_reply, sent_at)
+  values (v_id, p_kind, p_name, p_body, p_message_id, p_wants_reply, engine_now())
   on conflict (run_id, message_id) do nothing;
   if not found then
     return 'duplicate';
   end if;
-  perform enqueue('durable.ring', p_run, null, v_run.queue, v_run.priority);
+  perform enqueue('durable.ring', v_id, null, v_run.queue, v_run.priority);
   if v_run.claimed or p_kind in ('cancel', 'pause', 'resume', 'rollback') then
-    perform pg_notify('{schema}_control', p_run::text);
+    perform pg_notify('{schema}_control', v_id::text);
   end if;
   return 'sent';
 end
 $$;
 
 
+-- Sends on, to the end of its chain, what came to a run after it went on as new: the sender had looked before, and the
+-- doorbell of its message finds the run ended. To be called under the run's lock, which keeps the doorbells apart. Rings
+-- there, and answers how many went on. One whose id the chain has had meanwhile is dropped.
+create function forward_messages(p_run uuid) returns int
+language plpgsql volatile
+set search_path = {schema}, pg_temp
+as $$
+declare
+  v_to constant uuid := chain_end(p_run);
+  v_message inbox;
+  v_sent int := 0;
+begin
+  if v_to = p_run then
+    return 0;
+  end if;
+  for v_message in
+    with late as (
+      delete from inbox i where i.run_id = p_run and i.state <> 'taken' and i.kind <> 'child' returning i.*
+    )
+    select * from late order by seq
+  loop
+    continue when v_message.message_id is not null and sent_before(v_to, v_message.message_id);
+    v_message.run_id := v_to;
+    v_message.state := 'new';
+    insert into inbox overriding system value values (v_message.*) on conflict (run_id, message_id) do nothing;
+    if found then
+      v_sent := v_sent + 1;
+    end if;
+  end loop;
+  if v_sent > 0 then
+    perform enqueue('durable.ring', r.id, null, r.queue, r.priority) from runs r where r.id = v_to;
+    perform pg_notify('{schema}_control', v_to::text);
+  end if;
+  return v_sent;
+end
+$$;
+
+
 -- Sends a signal only to a run that waits for exactly this name now: `accepted`, else `refused`, `busy` (somebody held
 -- the row for a second) or `unknown`, and nothing is written. The inbox is read after the lock, in a statement of its
--- own: a signal that no holder has taken yet answers one of the waits.
+-- own: a signal that no holder has taken yet answers one of the waits. A wait has one name, or a list of them: an empty
+-- one takes any. Of a chain its end is asked; one that goes on meanwhile waits for nothing yet.
 create function resume_wait(p_run uuid, p_name text, p_body json default null) returns text
 language plpgsql volatile
 set search_path = {schema}, pg_temp
 set lock_timeout = '1s'
 as $$
 declare
+  v_id constant uuid := chain_end(p_run);
   v_run record;
-  v_waits int;
+  v_accepts boolean;
 begin
   begin
     select r.status, r.claim_token is not null as claimed, r.frame into v_run
-    from runs r where r.id = p_run for update;
+    from runs r where r.id = v_id for update;
   exception when lock_not_available then
     return 'busy';
   end;
@@ -195,18 +290,23 @@ begin
   if not (v_run.status in ('suspended', 'paused') or (v_run.status = 'running' and v_run.claimed)) then
     return 'refused';
   end if;
-  select count(*) into v_waits
-  from jsonb_each(v_run.frame) as step (id, begun)
-  where begun ->> 'waits' in ('signal', 'resume') and begun ->> 'name' = p_name
-    -- what is accepted must be taken: a message that comes after the wait's time is not
-    and coalesce((begun ->> 'deadline')::timestamptz > engine_now() + interval '50 ms', true);
-  if v_waits <= (
-    select count(*) from inbox i
-    where i.run_id = p_run and i.kind = 'signal' and i.name = p_name and i.state <> 'taken'
-  ) then
+  with waits as materialized (
+    select begun ->> 'name' as name, begun -> 'names' as names
+    from jsonb_each(v_run.frame) as step (id, begun)
+    where begun ->> 'waits' in ('signal', 'resume')
+      and (begun ->> 'name' = p_name or begun -> 'names' ? p_name or begun -> 'names' = '[]')
+      -- what is accepted must be taken: a message that comes after the wait's time is not
+      and coalesce((begun ->> 'deadline')::timestamptz > engine_now() + interval '50 ms', true)
+  ), unread as (  -- each may satisfy one of them before this one does
+    select from inbox i
+    where i.run_id = v_id and i.kind = 'signal' and i.state <> 'taken'
+      and exists (select from waits w where w.name = i.name or w.names ? i.name or w.names = '[]')
+  )
+  select (select count(*) from waits) > (select count(*) from unread) into v_accepts;
+  if not v_accepts then
     return 'refused';
   end if;
-  return case when send_message(p_run, 'signal', p_name, p_body) = 'sent' then 'accepted' else 'refused' end;
+  return case when send_message(v_id, 'signal', p_name, p_body) = 'sent' then 'accepted' else 'refused' end;
 end
 $$;
 
@@ -223,6 +323,114 @@ end
 $$;
 
 
+-- The top-level step that a step id stands in: `poll` of `poll[2]/charge`, `target` of `choice:target`.
+create function step_root(p_step text) returns text
+language sql immutable
+set search_path = {schema}, pg_temp
+as $$
+select substring(regexp_replace(p_step, '^(choice|input):', '') from '^[^/[]+')
+$$;
+
+
+-- A new run of the same workflow, with a copy of a run's journal up to a step: that step, or the top-level step that it
+-- stands in, begins anew; without p_step, everything does. Answers `forked`; or why not, and then nothing is written:
+-- `unknown`, `no_step` (with the steps there are), `undone` (with the steps before it that were), `rolled_back` (it
+-- went back to a checkpoint before it came to p_step).
+-- Takes no lock: one look settles where the copy ends, and nothing is written before what stands there. A caller that
+-- has no hash of p_input passes none.
+create function fork_run(
+  p_run uuid, p_id uuid, p_step text default null, p_input json default null, p_input_hash text default null
+) returns table (answer text, steps text[])
+language plpgsql volatile
+set search_path = {schema}, pg_temp
+as $$
+declare
+  v_root constant text := step_root(p_step);
+  v_origin runs;
+  v_found record;
+  v_end bigint;  -- what has a smaller seq is copied
+  v_undone text[];
+begin
+  select r.* into v_origin from runs r where r.id = p_run;
+  if not found then
+    return query select 'unknown', null::text[];
+    return;
+  end if;
+
+  if p_step is null then
+    v_end := 0;
+  else
+    with begun as (
+      select step_root(j.step_id) as root, j.seq
+      from journal j
+      where j.run_id = p_run and j.kind not in ('undo', 'result', 'rollback', 'patch')
+      union all
+      select step_root(step), null
+      from jsonb_object_keys(v_origin.frame) step
+      where step not like 'undo:%' and step not like 'run:%'
+    ),
+    roots as (
+      select b.root, min(b.seq) as first from begun b group by b.root
+    )
+    select
+      bool_or(r.root = v_root) as there,
+      min(r.first) filter (where r.root = v_root) as first,
+      (select max(j.seq) from journal j where j.run_id = p_run) as last,
+      array_agg(r.root order by r.first nulls last, r.root) as roots
+    into v_found
+    from roots r;
+    if v_found.there is not true then
+      return query select 'no_step', coalesce(v_found.roots, '{}');
+      return;
+    end if;
+    v_end := coalesce(v_found.first, v_found.last + 1, 0);
+    perform from journal j where j.run_id = p_run and j.kind = 'rollback' and j.seq < v_end;
+    if found then
+      return query select 'rolled_back', null::text[];
+      return;
+    end if;
+    select array_agg(j.step_id order by j.seq) into v_undone
+    from journal j join journal undo on undo.run_id = j.run_id and undo.step_id = 'undo:' || j.step_id
+    where j.run_id = p_run and j.seq < v_end and step_root(j.step_id) <> v_root;
+    if v_undone is not null then
+      return query select 'undone', v_undone;
+      return;
+    end if;
+  end if;
+
+  insert into journal (
+    run_id, step_id, kind, status, result, error, attempt, parent, extra, started_at, finished_at
+  )
+  select p_id, j.step_id, j.kind, j.status, j.result, j.error, j.attempt, j.parent,
+    coalesce(j.extra, '{}') || '{"copied": true}', j.started_at, j.finished_at
+  from journal j
+  where j.run_id = p_run and j.seq < v_end and j.status <> 'suspended' and j.kind not in ('undo', 'result')
+    and step_root(j.step_id) <> v_root
+  order by j.seq;
+
+  insert into runs (  -- revision 0 is a run that nothing has happened to: its journal is not even read
+    id, revision, workflow, version, input, input_hash, queue, priority, tags, root_id, current_step, seed, forked_from,
+    created_at
+  ) values (
+    p_id, 1, v_origin.workflow, v_origin.version, coalesce(p_input, v_origin.input),
+    case when p_input is null then v_origin.input_hash else coalesce(p_input_hash, '') end,
+    v_origin.queue, v_origin.priority, v_origin.tags, p_id,
+    (
+      select count(*) from journal j
+      where j.run_id = p_id and j.parent is null and j.kind not in ('choice', 'patch')
+    ),
+    coalesce(v_origin.seed, v_origin.id), p_run, engine_now()
+  );
+  insert into events (run_id, kind, data, at)
+  values (
+    p_id, 'created', json_strip_nulls(json_build_object('forked_from', p_run, 'from_step', p_step)), engine_now()
+  );
+  perform enqueue('durable.advance', p_id, 1, v_origin.queue, v_origin.priority);
+  return query select 'forked', null::text[];
+end
+$$;
+
+
 -- The same table as durable.values.MOVES; a test compares them.
 create function check_move() returns trigger
 language plpgsql
@@ -230,8 +438,8 @@ set search_path = {schema}, pg_temp
 as $$
 begin
   if (old.status, new.status) not in (
-    ('pending', 'running'), ('pending', 'suspended'), ('pending', 'paused'), ('pending', 'completed'),
-    ('pending', 'failed'), ('pending', 'canceled'),
+    ('pending', 'running'), ('pending', 'suspended'), ('pending', 'paused'), ('pending', 'compensating'),
+    ('pending', 'completed'), ('pending', 'failed'), ('pending', 'canceled'),
     ('running', 'suspended'), ('running', 'paused'), ('running', 'compensating'), ('running', 'completed'),
     ('running', 'failed'), ('running', 'canceled'),
     ('suspended', 'running'), ('suspended', 'paused'), ('suspended', 'compensating'), ('suspended', 'completed'),

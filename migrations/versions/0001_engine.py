@@ -43,13 +43,18 @@ create table runs (
   ending jsonb,
   undo_cursor bigint,
   retries integer default 0 not null,
+  cleanup boolean default false not null,
+  seed uuid,
+  forked_from uuid,
+  chain uuid,
+  predecessor uuid,
+  successor uuid,
   error json,
   reason text,
   created_at timestamptz not null,
   started_at timestamptz,
   finished_at timestamptz,
   constraint runs_pkey primary key (id),
-  constraint runs_workflow_key_key unique (key, workflow),
   constraint runs_status_check check (
     status in ('pending', 'running', 'suspended', 'paused', 'compensating', 'completed', 'failed', 'canceled')
   ),
@@ -73,6 +78,7 @@ create table runs (
   constraint runs_tags_check check (jsonb_typeof(tags) = 'object')
 ) with (fillfactor = 80);
 
+create unique index runs_workflow_key_key on runs (key, workflow) where successor is null;
 create index runs_created_at_id_idx on runs (created_at desc, id desc);
 create index runs_status_created_at_idx on runs (status, created_at desc, id desc);
 create index runs_workflow_created_at_idx on runs (workflow, created_at desc, id desc);
@@ -104,7 +110,8 @@ create table journal (
   constraint journal_pkey primary key (run_id, step_id),
   constraint journal_kind_check check (
     kind in (
-      'step', 'parallel', 'route', 'loop', 'sleep', 'signal', 'child', 'branch', 'iteration', 'choice', 'undo', 'result'
+      'step', 'parallel', 'route', 'loop', 'sleep', 'signal', 'child', 'branch', 'iteration', 'choice', 'undo', 'result',
+      'block', 'join', 'race', 'map', 'receive', 'reply', 'checkpoint', 'rollback', 'patch'
     )
   ),
   constraint journal_status_check check (status in ('completed', 'failed', 'suspended')),
@@ -120,8 +127,11 @@ create table inbox (
   body json,
   state text default 'new' not null,
   taken_by text,
+  wants_reply boolean default false not null,
+  reply json,
   sent_at timestamptz not null,
   taken_at timestamptz,
+  replied_at timestamptz,
   constraint inbox_pkey primary key (run_id, seq),
   constraint inbox_run_id_message_id_key unique (run_id, message_id),
   constraint inbox_kind_check check (kind in ('signal', 'cancel', 'pause', 'resume', 'rollback', 'child')),
@@ -154,6 +164,21 @@ create table events (
   at timestamptz not null,
   constraint events_pkey primary key (run_id, seq)
 );
+
+create table deliveries (
+  run_id uuid not null,
+  seq bigint generated always as identity,
+  queue text not null,
+  kind text not null,
+  body json not null,
+  attempts integer default 0 not null,
+  error json,
+  due timestamptz not null,
+  constraint deliveries_pkey primary key (run_id, seq),
+  constraint deliveries_kind_check check (kind in ('status', 'error'))
+);
+
+create index deliveries_queue_due_idx on deliveries (queue, due);
 
 create table workers (
   id integer generated always as identity,
@@ -220,6 +245,7 @@ OURS: Final = (
     "inbox",
     "attempts",
     "events",
+    "deliveries",
     "workers",
     "waiters",
     "progress",
@@ -254,7 +280,8 @@ end $drop$
 """
 
 FUNCTIONS: Final = (
-  "engine_now", "enqueue", "start_run", "start_runs", "send_message", "resume_wait", "refuse", "check_move"
+  "engine_now", "enqueue", "chain_end", "sent_before", "start_run", "start_runs", "send_message", "forward_messages",
+  "resume_wait", "step_root", "fork_run", "refuse", "check_move"
 )  # fmt: skip
 
 

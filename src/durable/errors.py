@@ -296,6 +296,20 @@ class SignalTimeout(DurableError, TimeoutError):
         super().__init__(_at(place, f"the signal {signal!r} did not come {limit}: on_timeout= gives a value instead"))
 
 
+class RequestTimeout(DurableError, TimeoutError):
+    """The run did not reply to a request within `timeout` seconds. The request stays in its inbox, and may be answered
+    still: asking again with the same `id` waits for that reply, and sends nothing."""
+
+    def __init__(
+        self, name: str, *, run_id: object = None, timeout: float | None = None, workflow: str | None = None
+    ) -> None:
+        self.name, self.run_id, self.timeout, self.workflow = name, run_id, timeout, workflow
+        limit = "in time" if timeout is None else f"within {timeout:g} s"
+        place = _place(("workflow", workflow), ("run", run_id))
+        cure = "is a worker running, and does the run receive it? timeout= waits longer"
+        super().__init__(_at(place, f"no reply to the request {name!r} {limit}: {cure}"))
+
+
 class ChildFailed(DurableError):
     """A child run failed or was canceled (`status`). `error` is the child's recorded error, `run_id` its id."""
 
@@ -326,3 +340,14 @@ class JoinFailed(DurableError):
         told = "; ".join(f"{branch!r}: {_text(error)}" for branch, error in self.failures.items())
         many = "a branch" if len(self.failures) == 1 else f"{len(self.failures)} branches"
         super().__init__(_at(place, f"{many} failed: {told}"))
+
+
+class RaceFailed(DurableError):
+    """Every branch of a race failed. `failures` maps each to its recorded error."""
+
+    def __init__(self, step: str, failures: Mapping[str, Mapping[str, Any]], *, workflow: str | None = None) -> None:
+        self.step, self.workflow = step, workflow
+        self.failures: dict[str, Mapping[str, Any]] = dict(failures)
+        place = _place(("workflow", workflow), ("step", step))
+        told = "; ".join(f"{branch!r}: {_text(error)}" for branch, error in self.failures.items())
+        super().__init__(_at(place, f"every branch failed: {told}"))

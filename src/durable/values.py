@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 JsonText = str
 """A JSON document as text: what a payload column holds."""
@@ -37,7 +37,9 @@ class Status(StrEnum):
 _S = Status
 MOVES: Final[Mapping[Status, frozenset[Status]]] = {
     # The first transition of a run carries it through `running`, so it may leave `pending` to where that leads.
-    _S.PENDING: frozenset({_S.RUNNING, _S.SUSPENDED, _S.PAUSED, _S.COMPLETED, _S.FAILED, _S.CANCELED}),
+    _S.PENDING: frozenset(
+        {_S.RUNNING, _S.SUSPENDED, _S.PAUSED, _S.COMPENSATING, _S.COMPLETED, _S.FAILED, _S.CANCELED}
+    ),
     _S.RUNNING: frozenset({_S.SUSPENDED, _S.PAUSED, _S.COMPENSATING, _S.COMPLETED, _S.FAILED, _S.CANCELED}),
     _S.SUSPENDED: frozenset({_S.RUNNING, _S.PAUSED, _S.COMPENSATING, _S.COMPLETED, _S.FAILED, _S.CANCELED}),
     _S.PAUSED: frozenset({_S.RUNNING, _S.SUSPENDED, _S.COMPENSATING, _S.FAILED, _S.CANCELED}),
@@ -78,3 +80,41 @@ class Suspend:
 def child_id(parent: uuid.UUID, step_id: str, retries: int) -> uuid.UUID:
     """The id of the run that `step_id` of `parent` starts: the same whenever the same start is repeated."""
     return uuid.uuid5(parent, f"{step_id}@{retries}" if retries else step_id)
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Break(Generic[T]):
+    """Return it from the body of ``ctx.loop``: the loop ends, and yields `value`."""
+
+    value: T = None  # type: ignore[assignment]  # Break() ends a loop that yields nothing
+
+
+class Canceled(BaseException):
+    """Raised in a workflow's body, at the current await, when its run is canceled.
+
+    No ``except Exception`` swallows it. Steps with ``on_cancel=True`` may still be awaited, for ``cancel_timeout``
+    seconds; any other operation raises it again.
+    """
+
+
+class Rollback(BaseException):
+    """Raise it in a workflow's body: what was done is undone, newest first.
+
+    ``Rollback()`` undoes everything, and the run fails. ``Rollback(to=name)`` undoes what was done since that
+    checkpoint, and the body goes on from there. No ``except Exception`` swallows it.
+    """
+
+    def __init__(self, to: str | None = None) -> None:
+        self.to = to
+        super().__init__("roll back everything" if to is None else f"roll back to checkpoint {to!r}")
+
+
+class ContinueAsNew(BaseException):
+    """What ``ctx.continue_as_new`` raises: this run ends, and its successor begins with `input`."""
+
+    def __init__(self, given: Any) -> None:
+        self.input = given
+        super().__init__("continue as new")

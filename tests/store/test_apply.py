@@ -63,9 +63,13 @@ async def test_every_column_comes_back(store: Store, connection: Connection) -> 
         "wait": Begun(
             waits=WaitingFor.SIGNAL, name="x", since=T0, deadline=T0, child=uuid.uuid4(), resume_data='{"a": 1}'
         ),
+        "receive": Begun(waits=WaitingFor.SIGNAL, names=("x", "y")),
+        "receive#2": Begun(waits=WaitingFor.SIGNAL, names=()),
         "build/api": Begun(attempts=2, crashes=1, due=T0, running=True),
     }
-    claimed = moved(run, frame=frame, claim=Claim(3, uuid.uuid4()), pausing=True, current_step=2, retries=1)
+    claimed = moved(
+        run, frame=frame, claim=Claim(3, uuid.uuid4()), pausing=True, current_step=2, retries=1, cleanup=True
+    )
     await write(store, connection, Transition(run, claimed))
     assert await read(store, connection, run.id) == claimed
     parked = moved(
@@ -75,8 +79,8 @@ async def test_every_column_comes_back(store: Store, connection: Connection) -> 
     await write(store, connection, Transition(claimed, parked))
     assert await read(store, connection, run.id) == parked
     undoing = moved(
-        parked, status=Status.COMPENSATING, ending=Ending(Status.FAILED, BOOM, answer_to="a"), undo_cursor=7,
-        waiting_for=None, waiting_name=None, wake_at=None,
+        parked, status=Status.COMPENSATING, undo_cursor=7, waiting_for=None, waiting_name=None, wake_at=None,
+        ending=Ending(Status.FAILED, BOOM, answer_to="a", to="paid", compensate=True, until=T0), cleanup=False,
     )  # fmt: skip
     await write(store, connection, Transition(parked, undoing))
     assert await read(store, connection, run.id) == undoing
@@ -177,6 +181,23 @@ async def test_retry_forgets_what_failed(store: Store, connection: Connection) -
     assert [kind for kind, _, _ in await events(connection, run)] == ["started", "failed", "resumed"]
 
 
+async def test_old_iterations_are_pruned_whatever_became_of_them(store: Store, connection: Connection) -> None:
+    run, other = await running(store, connection), await running(store, connection)
+    names = ("poll[0]", "poll[1]", "poll[1]/ask", "poll[10]")
+    entries = [Entry(name, EntryKind.ITERATION, "completed", "1", finished_at=T0) for name in names]
+    entries[1] = replace(entries[1], status="failed", result=None, error=BOOM)
+    entries[2] = replace(entries[2], status="suspended")
+    first = transition(run, entries=tuple(entries))
+    await write(store, connection, first)
+    await write(store, connection, transition(other, entries=tuple(entries)))
+    new = Entry("poll[11]", EntryKind.ITERATION, "completed", "1", finished_at=T0)
+    pruned = transition(first.after, entries=(new,), prune=("poll[0]", "poll[1]", "poll[1]/ask", "gone"))
+    await write(store, connection, pruned)
+    assert list(await load_journal(store, connection, run.id)) == ["poll[10]", "poll[11]"]
+    assert list(await load_journal(store, connection, other.id)) == list(names)
+    assert await rows(connection, "select 1 from durable.attempts where run_id = %s", run.id) == []
+
+
 async def test_attempts_and_events(store: Store, connection: Connection) -> None:
     run = await running(store, connection)
     attempt = FailedAttempt("charge", 1, "failed", BOOM, T0, T0, T0 + timedelta(seconds=2))
@@ -218,6 +239,40 @@ async def test_messages_are_taken_or_seen(store: Store, connection: Connection) 
         ("unseen", "new", None, False),
     ]
     assert [(m.name, m.fresh) for m in await load_inbox(store, connection, run.id)] == [("c", False), ("unseen", True)]
+
+
+async def answers(connection: Connection, run: Run) -> list[tuple[Any, ...]]:
+    columns = "name, state, taken_by, reply::text, replied_at is not null, taken_at is not null"
+    return await rows(connection, f"select {columns} from durable.inbox where run_id = %s order by seq", run.id)
+
+
+async def test_a_message_is_completed_once(store: Store, connection: Connection) -> None:
+    run, other = await running(store, connection), await running(store, connection)
+    for name in ("a", "b", "c"):
+        await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, name), connection)
+    a, b, c = await load_inbox(store, connection, run.id)
+    first = transition(run, taken={a.seq: "receive"})
+    await write(store, connection, first, inbox=(a, b, c))
+    second = transition(first.after, replies={a.seq: '{"n": 1.50}', b.seq: "null"})
+    await write(store, connection, second, inbox=(replace(b, fresh=True),))
+    expected = [
+        ("a", "taken", "receive", '{"n": 1.50}', True, True),
+        ("b", "taken", None, "null", True, True),
+        ("c", "seen", None, None, False, False),
+    ]
+    assert await answers(connection, run) == expected
+    again = transition(second.after, replies={a.seq: "2"}, taken={c.seq: "receive#2"})
+    await write(store, connection, again)
+    await write(store, connection, transition(other, replies={c.seq: "3"}))  # of another run
+    assert await answers(connection, run) == [*expected[:2], ("c", "taken", "receive#2", None, False, True)]
+
+
+async def test_a_message_has_the_id_that_it_was_sent_with(store: Store, connection: Connection) -> None:
+    run = await running(store, connection)
+    for id_ in ("m-1", None):
+        query = operations.send(store, run.id, MessageKind.SIGNAL, "a", None, id_)
+        await operations.execute_async(query, connection)
+    assert [message.id for message in await load_inbox(store, connection, run.id)] == ["m-1", None]
 
 
 async def test_children_and_messages_to_others(store: Store, connection: Connection) -> None:
@@ -327,8 +382,11 @@ async def test_what_user_code_said_passes_through_the_codec(module_dsn: str, con
     entry = replace(CHARGE, result=f'"{secret}"', extra={"next": secret})
     frame = {"a": Begun(name="n", resume_data=f'"{secret}"')}
     failed = {"status": Status.FAILED, "finished_at": T0, "error": boom, "ending": Ending(Status.FAILED, boom)}
+    await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, "q", f'"{secret}"'), connection)
+    [asked] = await load_inbox(store, connection, run.id)
     done = transition(
         run,
+        replies={asked.seq: f'"{secret}"'},
         after=RUNNING | failed | {"frame": frame},
         entries=(entry, replace(CHARGE, step_id="b", status="failed", result=None, error=boom)),
         attempts=(FailedAttempt("b", 1, "failed", boom, None, T0),),
@@ -360,6 +418,8 @@ async def test_another_schema_and_an_odd_search_path(dsn: str) -> None:
             entries=(CHARGE,),
             attempts=(FailedAttempt("charge", 1, "failed", BOOM, None, T0),),
             forget=("ship",),
+            prune=("poll[0]",),
+            replies={locked.inbox[1].seq: "1"},
             taken={locked.inbox[0].seq: "a"},
             outgoing=(Outgoing(other.id, MessageKind.PAUSE),),
             children=(ChildStart(uuid.uuid4(), "w", "1", "1", "c"),),

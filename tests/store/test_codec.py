@@ -62,6 +62,7 @@ begun = st.builds(
     waits=maybe(st.sampled_from(WaitingFor)),
     name=maybe(text),
     deadline=maybe(times),
+    names=maybe(st.lists(text, max_size=3).map(tuple)),
     child=maybe(st.uuids()),
     resume_data=maybe(json_values.map(json.dumps)),
     running=st.booleans(),
@@ -72,6 +73,9 @@ endings = st.builds(
     error=maybe(failures),
     reason=maybe(text),
     answer_to=maybe(text),
+    to=maybe(text),
+    compensate=st.booleans(),
+    until=maybe(times),
     stop=st.booleans(),
 )
 
@@ -94,6 +98,8 @@ def test_frames(payloads: Payloads, frame: dict[str, Begun]) -> None:
     for step, raw in json.loads(stored).items():  # what the database looks at stands there in the plain
         assert raw.get("waits") == frame[step].waits
         assert raw.get("name") == frame[step].name
+        names = frame[step].names
+        assert raw.get("names") == (None if names is None else list(names))
 
 
 @ways

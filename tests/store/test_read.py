@@ -13,7 +13,7 @@ import pytest
 from tests.store.kit import rows, started, transition
 
 from durable.core.state import Begun, Claim, Ending, Entry, EntryKind, Failure, MessageKind, Run
-from durable.core.transition import Event, FailedAttempt, Next
+from durable.core.transition import Event, FailedAttempt, Next, Successor
 from durable.errors import ConfigurationError, PayloadError, RunNotFound
 from durable.snapshots import DERIVED, ErrorInfo, HistoryEvent, StepSnapshot
 from durable.store import operations, read
@@ -184,6 +184,145 @@ async def test_the_kind_of_what_is_open(
     assert (step.step_id, step.kind) == expected
 
 
+def outline(steps: Sequence[StepSnapshot]) -> list[Any]:
+    return [(step.step_id, step.kind, step.status, outline(step.children)) for step in steps]
+
+
+async def test_what_a_function_has_passed_is_a_tree(store: Store, connection: Connection) -> None:
+    run = await started(store, connection)
+    entries = (
+        entry("charge", 1),
+        entry("charge#2", 2),
+        entry("patch:v2", True, EntryKind.PATCH),
+        entry("rollback:1", None, EntryKind.ROLLBACK),
+        entry("mark", 0, EntryKind.CHECKPOINT),
+        entry("fulfil/pick/find", 3, parent="fulfil/pick"),
+        entry("fulfil/pick/wrap/tape", 4, parent="fulfil/pick/wrap"),
+        entry("fulfil/pick/wrap", 5, EntryKind.BLOCK, parent="fulfil/pick"),
+        entry("fulfil/pick", 6, EntryKind.BRANCH, parent="fulfil"),
+        entry("fulfil/label", 7, EntryKind.BRANCH, parent="fulfil"),
+        entry("fulfil", {"pick": 6, "label": 7}, EntryKind.JOIN),
+        entry("items[0]", 8, EntryKind.CHILD, parent="items"),
+        entry("items", [8], EntryKind.MAP),
+        entry("questions", ["q"], EntryKind.RECEIVE),
+        entry("reply:questions", None, EntryKind.REPLY),
+        Entry("refused", EntryKind.STEP, "failed", error=FAILURE),
+    )
+    await write(store, connection, run, {"status": Status.RUNNING, "current_step": 7}, entries=entries)
+    shown = await read.snapshot(store, connection, run.id)
+    assert outline(shown.steps) == [
+        ("charge", "step", "completed", []),
+        ("charge#2", "step", "completed", []),
+        ("mark", "checkpoint", "completed", []),
+        (
+            "fulfil",
+            "join",
+            "completed",
+            [
+                (
+                    "fulfil/pick",
+                    "branch",
+                    "completed",
+                    [
+                        ("fulfil/pick/find", "step", "completed", []),
+                        (
+                            "fulfil/pick/wrap",
+                            "block",
+                            "completed",
+                            [("fulfil/pick/wrap/tape", "step", "completed", [])],
+                        ),
+                    ],
+                ),
+                ("fulfil/label", "branch", "completed", []),
+            ],
+        ),
+        ("items", "map", "completed", [("items[0]", "child", "completed", [])]),
+        ("questions", "receive", "completed", []),
+        ("refused", "step", "failed", []),
+    ]
+    assert shown.results == {
+        "charge": 1,
+        "charge#2": 2,
+        "mark": 0,
+        "fulfil": {"pick": 6, "label": 7},
+        "items": [8],
+        "questions": ["q"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("journal", "frame", "expected"),
+    [
+        (
+            [entry("do/label", 1, EntryKind.BRANCH, parent="do")],
+            {"do/pick/find": Begun(running=True)},
+            [
+                (
+                    "do",
+                    "parallel",
+                    [("do/label", "branch", []), ("do/pick", "branch", [("do/pick/find", "step", [])])],
+                )
+            ],
+        ),
+        (
+            [entry("pay/charge", 1, parent="pay")],
+            {"pay/again/charge": Begun(running=True)},
+            [
+                (
+                    "pay",
+                    "block",
+                    [("pay/charge", "step", []), ("pay/again", "block", [("pay/again/charge", "step", [])])],
+                )
+            ],
+        ),
+        (
+            [],
+            {"track[2]/look": Begun(running=True)},
+            [("track", "loop", [("track[2]", "iteration", [("track[2]/look", "step", [])])])],
+        ),
+        ([], {"items[3]": Begun(waits=WaitingFor.CHILD)}, [("items", "map", [("items[3]", "child", [])])]),
+        ([], {"inbox": Begun(waits=WaitingFor.SIGNAL, names=("a", "b"))}, [("inbox", "receive", [])]),
+        (
+            [],
+            {"a/b/c/nap": Begun(waits=WaitingFor.SLEEP)},
+            [("a", "block", [("a/b", "block", [("a/b/c", "block", [("a/b/c/nap", "sleep", [])])])])],
+        ),
+    ],
+)
+async def test_what_a_function_is_in_is_shown_around_it(
+    store: Store, connection: Connection, journal: Sequence[Entry], frame: Mapping[str, Begun], expected: list[Any]
+) -> None:
+    def kinds(steps: Sequence[StepSnapshot]) -> list[Any]:
+        return [(step.step_id, step.kind, kinds(step.children)) for step in steps]
+
+    run = await started(store, connection)
+    await write(store, connection, run, {"status": Status.RUNNING, "frame": frame}, entries=tuple(journal))
+    assert kinds((await read.snapshot(store, connection, run.id)).steps) == expected
+
+
+async def test_a_chain_is_linked_and_its_end_is_its_outcome(store: Store, connection: Connection) -> None:
+    first, new = await started(store, connection), uuid.uuid4()
+    done = {"status": Status.COMPLETED, "finished_at": await now(connection), "successor": new}
+    await write(store, connection, first, done, successor=Successor(new, "1", "2"))
+    shown = await read.snapshot(store, connection, first.id)
+    assert (shown.status, shown.predecessor, shown.successor, shown.revision) == (Status.COMPLETED, None, new, 1)
+    following = await read.snapshot(store, connection, new)
+    assert (following.predecessor, following.successor, following.forked_from) == (first.id, None, None)
+    outcome = await read.outcome(store, connection, first.id)
+    assert (outcome.id, outcome.status, outcome.result) == (new, Status.PENDING, None)
+    assert await read.status_of(store, connection, first.id) is Status.COMPLETED
+    assert await read.revision_of(store, connection, first.id) == 1
+    assert await read.revision_of(store, connection, uuid.uuid4()) is None
+
+
+async def test_a_fork_says_whose(store: Store, connection: Connection) -> None:
+    run, new = await started(store, connection), uuid.uuid4()
+    await operations.execute_async(operations.fork(store, run.id, new), connection)
+    assert (await read.snapshot(store, connection, new)).forked_from == run.id
+    (created,) = await read.history(store, connection, new)
+    assert (created.kind, created.data) == ("created", {"forked_from": str(run.id)})
+
+
 async def test_a_suspended_step_shows_its_snapshot(store: Store, connection: Connection) -> None:
     run, time = await started(store, connection), await now(connection)
     frame = {"ask": Begun(since=time, waits=WaitingFor.RESUME, name="ask")}
@@ -301,7 +440,9 @@ async def test_the_default_result_is_put_together_from_texts(store: Store, conne
         Entry('ä "quoted"', EntryKind.SLEEP, "completed", None),
     )
     run = await write(store, connection, run, {"status": Status.RUNNING}, entries=entries)
-    assert await read.outcome(store, connection, run.id) == read.Outcome(Status.RUNNING, "order", "1", run.queue)
+    assert await read.outcome(store, connection, run.id) == read.Outcome(
+        run.id, Status.RUNNING, "order", "1", run.queue
+    )
     await write(store, connection, run, {"status": Status.COMPLETED, "finished_at": await now(connection)})
     outcome = await read.outcome(store, connection, run.id)
     assert outcome.result == '{"z":{"b":1.0, "a":1e400},"build":{"api":1},"ä \\"quoted\\"":null}'
@@ -398,6 +539,14 @@ async def test_a_new_run_does_not_shift_the_pages(store: Store, connection: Conn
     first = await read.page(store, connection, limit=2)
     await put(connection)
     assert await ids(store, connection, limit=2, after=first.next) == runs[2:]
+
+
+async def test_a_key_is_that_of_the_end_of_its_chain(store: Store, connection: Connection) -> None:
+    new = uuid.uuid4()
+    await put(connection, "completed", key="k-1", successor=new)
+    await put(connection, id=new, root_id=new, key="k-1")
+    assert await ids(store, connection, key="k-1") == [new]
+    assert len(await ids(store, connection)) == 2
 
 
 async def test_filters(store: Store, connection: Connection) -> None:
@@ -566,6 +715,80 @@ async def history_of(store: Store, connection: Connection, *entries: Entry, **mo
     await write(store, connection, run, after, entries=entries, **more)
     skipped = ("created", "started", "suspended")
     return [event for event in await read.history(store, connection, run.id) if event.kind not in skipped]
+
+
+async def test_what_a_function_has_done_is_told_with_its_place(store: Store, connection: Connection) -> None:
+    time = await now(connection)
+
+    def at(begin: int, end: int) -> dict[str, Any]:
+        return {"started_at": time + timedelta(seconds=begin), "finished_at": time + timedelta(seconds=end)}
+
+    events = await history_of(
+        store,
+        connection,
+        entry("do/pick/find", 1, parent="do/pick", **at(1, 2)),
+        entry("do/pick/nap", None, EntryKind.SLEEP, parent="do/pick", **at(3, 4)),
+        entry("do/pick", 1, EntryKind.BRANCH, parent="do", **at(1, 5)),
+        entry("do", {}, EntryKind.JOIN, **at(0, 6)),
+        entry("got", [], EntryKind.RECEIVE, extra={"timed_out": True}, **at(7, 8)),
+        entry("mark", 0, EntryKind.CHECKPOINT, **at(9, 9)),
+        entry("patch:v2", True, EntryKind.PATCH, **at(9, 9)),
+        entry("reply:got", None, EntryKind.REPLY, **at(9, 9)),
+        Entry("try", EntryKind.BLOCK, "failed", error=FAILURE, attempt=2, **at(10, 11)),
+    )
+    assert [(event.kind, event.step, event.parent) for event in events] == [
+        ("attempt_started", "do", None),
+        ("attempt_started", "do/pick/find", "do/pick"),
+        ("attempt_started", "do/pick", "do"),
+        ("attempt_succeeded", "do/pick/find", "do/pick"),
+        ("sleep_waiting", "do/pick/nap", "do/pick"),
+        ("sleep_elapsed", "do/pick/nap", "do/pick"),
+        ("attempt_succeeded", "do/pick", "do"),
+        ("attempt_succeeded", "do", None),
+        ("wait_waiting", "got", None),
+        ("wait_timed_out", "got", None),
+        ("attempt_started", "try", None),
+        ("attempt_failed", "try", None),
+    ]
+
+
+async def test_what_does_not_say_when_it_began_did_with_the_first_step_in_it(
+    store: Store, connection: Connection
+) -> None:
+    time = await now(connection)
+    begin, end = time + timedelta(seconds=1), time + timedelta(seconds=5)
+    run = await started(store, connection)
+    entries = (
+        entry("do/pick/find", 1, parent="do/pick", started_at=begin, finished_at=end),
+        entry("do/pick", 1, EntryKind.BRANCH, parent="do", finished_at=end),
+        entry("do", {}, EntryKind.JOIN, finished_at=end),
+        entry("mark", 0, EntryKind.CHECKPOINT, finished_at=end),
+    )
+    await write(store, connection, run, {"status": Status.RUNNING, "started_at": time}, entries=entries)
+    events = await read.history(store, connection, run.id)
+    assert [(e.step, e.at) for e in events if e.kind == "attempt_started"] == [
+        ("do/pick/find", begin), ("do/pick", begin), ("do", begin)
+    ]  # fmt: skip
+    steps = (await read.snapshot(store, connection, run.id)).steps
+    assert [(step.step_id, step.started_at) for step in steps] == [("do", begin), ("mark", None)]
+
+
+async def test_an_open_receive_says_what_it_takes(store: Store, connection: Connection) -> None:
+    time = await now(connection)
+    frame = {"got": Begun(since=time, waits=WaitingFor.SIGNAL, names=("a", "b"), deadline=time)}
+    (event,) = await history_of(store, connection, after={"frame": frame})
+    assert (event.kind, event.step) == ("wait_waiting", "got")
+    assert event.data == {"deadline": time.isoformat(), "signals": ["a", "b"]}
+
+
+async def test_a_fork_does_not_tell_what_happened_to_its_origin(store: Store, connection: Connection) -> None:
+    run, time = await started(store, connection), await now(connection)
+    steps = tuple(entry(name, 1, started_at=time, finished_at=time) for name in ("a", "b"))
+    await write(store, connection, run, {"status": Status.RUNNING, "started_at": time}, entries=steps)
+    new = uuid.uuid4()
+    await operations.execute_async(operations.fork(store, run.id, new, "b"), connection)
+    assert told(await read.history(store, connection, new)) == ["created"]
+    assert (await read.snapshot(store, connection, new)).results == {"a": 1}
 
 
 async def test_waits_and_how_they_end(store: Store, connection: Connection) -> None:

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from durable.define.nodes import Workflow
 from durable.define.registry import Registry
 from durable.values import JsonText, Status, WaitingFor
+
+if TYPE_CHECKING:
+    from durable.core.functions.body import Body
 
 
 class EntryKind(StrEnum):
@@ -26,12 +29,21 @@ class EntryKind(StrEnum):
     LOOP = "loop"
     SLEEP = "sleep"
     SIGNAL = "signal"
-    CHILD = "child"
-    BRANCH = "branch"  # of a parallel or a route: `node/branch`
+    CHILD = "child"  # also one item of a map: `map[i]`
+    BRANCH = "branch"  # of a parallel, a route, a join or a race: `node/branch`
     ITERATION = "iteration"  # of a loop: `node[i]`
     CHOICE = "choice"  # a computed value that must never be computed anew: `choice:node`
     UNDO = "undo"  # a compensator that ended: `undo:<the entry's id>`
-    RESULT = "result"  # the value of `result=fn`: `run:result`
+    RESULT = "result"  # the value of `result=fn`, or of a body: `run:result`
+    BLOCK = "block"
+    JOIN = "join"
+    RACE = "race"
+    MAP = "map"
+    RECEIVE = "receive"
+    REPLY = "reply"  # a message that was completed
+    CHECKPOINT = "checkpoint"
+    ROLLBACK = "rollback"  # the run went back to a checkpoint: `rollback:<epoch>`
+    PATCH = "patch"  # the run took a new path of its code: `patch:<id>`
 
 
 EntryStatus: TypeAlias = Literal["completed", "failed", "suspended"]
@@ -83,7 +95,9 @@ class Begun:
     waits: WaitingFor | None = None  # None: it can run, or is running
     name: str | None = None  # the signal waited for
     deadline: datetime | None = None  # of a wait for a signal
+    names: tuple[str, ...] | None = None  # of a receive: the signals that it takes; empty: any
     child: uuid.UUID | None = None
+    undo: bool = False  # of a body's child: it is rolled back with this run
     resume_data: JsonText | None = None  # what resume() brought; the next attempt gets it
     running: bool = False  # a claim's owner executes it
 
@@ -121,6 +135,7 @@ class Message:
     body: JsonText | None
     sent_at: datetime
     fresh: bool = True
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +146,9 @@ class Ending:
     error: Failure | None = None
     reason: str | None = None
     answer_to: str | None = None  # the parent's step id, where a parent rolls this run back
+    to: str | None = None  # the checkpoint from which the run then goes on, instead of ending
+    compensate: bool = False  # a cancel that lets the body clean up first: whether a rollback follows
+    until: datetime | None = None  # how long the body may clean up
     stop: bool = False  # cancel during the rollback: end after the current compensator
 
 
@@ -162,6 +180,11 @@ class Run:
     ending: Ending | None = None
     undo_cursor: int | None = None  # the journal seq down to which the rollback has come
     retries: int = 0  # how often `retry` took it up again
+    cleanup: bool = False  # its body may have something to do when it is canceled: a worker must do it
+    seed: uuid.UUID | None = None  # of its random numbers; None: its own id
+    chain: uuid.UUID | None = None  # the first run of its chain of continue_as_new; None: itself
+    predecessor: uuid.UUID | None = None
+    successor: uuid.UUID | None = None
     error: Failure | None = None
     reason: str | None = None  # why it was canceled
     started_at: datetime | None = None
@@ -177,3 +200,4 @@ class View:
     registry: Registry
     journal: Mapping[str, Entry]
     inbox: tuple[Message, ...]
+    body: Body | None = None  # of a function: its coroutine, as far as the journal has driven it

@@ -13,8 +13,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
-from durable.core.state import Entry, Failure, MessageKind, Run
+from durable.core.state import Entry, EntryKind, Failure, MessageKind, Run
 from durable.define.nodes import Loop, Work
+from durable.define.payload import ANY, Schema
 from durable.values import JsonText, Status
 
 
@@ -49,7 +50,13 @@ class Call:
     resume_data: JsonText | None = None
     resumed: bool = False  # re-entry after Suspend: resume_data counts, even when it is null
     output: JsonText | None = None  # UNDO: what the step returned
+    output_type: Schema = ANY
     undoes: str | None = None  # UNDO: the entry's step id
+    kind: EntryKind | None = None  # of its entry; None: what the node says
+    parent: str | None = None
+    extra: Mapping[str, Any] | None = None  # of its entry
+    shares: bool = False  # others run, or wait, beside it under the same claim: it outlasts this call
+    ephemeral: bool = False  # its entry may travel with the next write
 
     @property
     def claims_first(self) -> bool:
@@ -157,6 +164,26 @@ class ChildStart:
     parent_step: str
 
 
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """The run that goes on in this one's place: it takes key, tags, priority, parent, deadline and unread messages."""
+
+    id: uuid.UUID
+    version: str
+    input: JsonText
+
+
+ReportKind: TypeAlias = Literal["status", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What hooks are to be told of a transition, as JSON-able fields; one row of the deliveries table."""
+
+    kind: ReportKind
+    body: Mapping[str, Any]
+
+
 class Next(StrEnum):
     """The continuation that a transition enqueues."""
 
@@ -185,8 +212,12 @@ class Transition:
     taken: Mapping[int, str | None] | None = None
     outgoing: tuple[Outgoing, ...] = ()
     children: tuple[ChildStart, ...] = ()
+    replies: Mapping[int, JsonText] | None = None  # by the seq of the message that is completed
+    successor: Successor | None = None  # continue_as_new
+    prune: tuple[str, ...] = ()  # step ids of a loop's old iterations, deleted from the journal
     next: Next | None = None
     forget: tuple[str, ...] = ()  # step ids whose `failed` journal rows are deleted: retry takes them up anew
+    reports: tuple[Report, ...] = ()  # for the hooks of the process that writes this
 
     @property
     def ends(self) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 
 from durable.core.control import REQUESTS  # one that waits behind another is still to be heard
 from durable.core.state import Entry, Failure, Message, Run
-from durable.core.transition import Event, Transition
+from durable.core.transition import Event, Successor, Transition
 from durable.define.payload import canonical_hash
-from durable.store import codec
+from durable.store import codec, deliveries
 from durable.store.db import Connection, Store
 from durable.store.errors import InternalError, translated
 from durable.store.jobs import enqueue
@@ -93,11 +93,14 @@ async def _queue(db: Store, connection: Connection, transition: Transition, inbo
     """In a pipeline: all that there is to write; the cursors of the entries are to be read after the flush."""
     before, after, sql, payloads = transition.before, transition.after, db.sql, db.payloads
     check_move(before, after)
+    check_successor(transition)
     run: dict[str, Any] = {"run": after.id}
 
     await connection.execute(sql.move, run | {"before": before.revision} | codec.run_changes(after, payloads))
     if transition.forget:
         await connection.execute(sql.forget, run | {"steps": list(transition.forget)})
+    if transition.prune:
+        await connection.execute(sql.prune, run | {"steps": list(transition.prune)})
     written = [
         await connection.execute(sql.write, run | codec.entry_values(entry, payloads)) for entry in transition.entries
     ]
@@ -116,12 +119,9 @@ async def _queue(db: Store, connection: Connection, transition: Transition, inbo
         values = {"kind": event.kind, "step_id": event.step_id, "data": payloads.dump(event.data)}
         await connection.execute(sql.event, run | values)
 
-    taken = transition.taken or {}
-    if taken:
-        await connection.execute(sql.take, run | {"seqs": list(taken), "steps": list(taken.values())})
-    if seen := [m.seq for m in inbox if m.fresh and m.seq not in taken and m.kind not in REQUESTS]:
-        await connection.execute(sql.see, run | {"seqs": seen})
-
+    await _queue_inbox(db, connection, transition, inbox)
+    if transition.successor is not None:  # before anything is sent: what is sent to the run goes to its successor
+        await _queue_successor(db, connection, after, transition.successor)
     for message in transition.outgoing:
         values = {"to": message.run_id, "kind": message.kind.value, "name": message.name, "id": message.id}
         await connection.execute(sql.send, values | {"body": payloads.encoded(message.body)})
@@ -136,9 +136,36 @@ async def _queue(db: Store, connection: Connection, transition: Transition, inbo
         }
         await connection.execute(sql.start_child, run | values)
 
+    await deliveries.write(db, connection, after, transition.reports)
     if transition.next is not None:
         await enqueue(db, connection, f"durable.{transition.next.value}", after, after.revision)
     return written
+
+
+async def _queue_inbox(db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message]) -> None:
+    """What becomes of the messages: taken, answered, or at least seen."""
+    run: dict[str, Any] = {"run": transition.after.id}
+    taken, replies = transition.taken or {}, transition.replies or {}
+    if taken:
+        await connection.execute(db.sql.take, run | {"seqs": list(taken), "steps": list(taken.values())})
+    if replies:
+        bodies = [db.payloads.encode(reply) for reply in replies.values()]
+        await connection.execute(db.sql.reply, run | {"seqs": list(replies), "replies": bodies})
+    done = taken.keys() | replies.keys()
+    if seen := [m.seq for m in inbox if m.fresh and m.seq not in done and m.kind not in REQUESTS]:
+        await connection.execute(db.sql.see, run | {"seqs": seen})
+
+
+async def _queue_successor(db: Store, connection: Connection, run: Run, successor: Successor) -> None:
+    """The run goes on as another one, which inherits its inbox."""
+    values = {
+        "run": run.id,
+        "id": successor.id,
+        "version": successor.version,
+        "input": db.payloads.encode(successor.input),
+    }
+    await connection.execute(db.sql.start_successor, values)
+    await connection.execute(db.sql.hand_over, values)
 
 
 async def _applied(transition: Transition, written: list[Cursor]) -> Applied:
@@ -156,6 +183,14 @@ def check_move(before: Run, after: Run) -> None:
         raise InternalError(f"run {before.id}: a transition from revision {before.revision} to {after.revision}")
     if after.status is not before.status and after.status not in MOVES[before.status]:
         raise InternalError(f"run {before.id}: no move from {before.status} to {after.status}")
+
+
+def check_successor(transition: Transition) -> None:
+    """The row names the run that is started in its place, and no other."""
+    run, successor = transition.after, transition.successor
+    named = successor.id if successor is not None else transition.before.successor
+    if run.successor != named:
+        raise InternalError(f"run {run.id}: its row names {run.successor} as its successor, the transition {named}")
 
 
 def lifecycle(before: Run, after: Run) -> list[Event]:

@@ -106,7 +106,7 @@ def failure(raw: Mapping[str, Any] | None) -> Failure | None:
 
 
 def frame_text(frame: Mapping[str, Begun], payloads: Payloads) -> str:
-    """Not encoded as a whole: the database looks for `waits` and `name` in it."""
+    """Not encoded as a whole: the database looks for `waits`, `name` and `names` in it."""
     if not frame:
         return "{}"
     steps = {step: _trimmed(begun) for step, begun in frame.items()}
@@ -128,6 +128,8 @@ def _begun(raw: dict[str, Any], payloads: Payloads) -> Begun:
         raw["waits"] = WaitingFor(raw["waits"])
     if "child" in raw:
         raw["child"] = uuid.UUID(raw["child"])
+    if "names" in raw:
+        raw["names"] = tuple(raw["names"])
     if "resume_data" in raw:
         raw["resume_data"] = payloads.decode(raw["resume_data"])
     return Begun(**raw)
@@ -143,6 +145,8 @@ def ending(text: str | None, payloads: Payloads) -> Ending | None:
     if text is None:
         return None
     raw = payloads.load(text)
+    if "until" in raw:
+        raw["until"] = datetime.fromisoformat(raw["until"])
     status = Status.FAILED if raw["status"] == Status.FAILED else Status.CANCELED
     return Ending(**{**raw, "status": status, "error": failure(raw.get("error"))})
 
@@ -152,7 +156,8 @@ def ending(text: str | None, payloads: Payloads) -> Ending | None:
 RUN_COLUMNS: Final = (
     "id, workflow, version, status, revision, current_step, input::text, queue, created_at, key, tags::text, priority, "
     "parent_id, parent_step, frame::text, waiting_for, waiting_name, wake_at, deadline, claim_worker, claim_token, "
-    "pausing, ending::text, undo_cursor, retries, error::text, reason, started_at, finished_at"
+    "pausing, ending::text, undo_cursor, retries, cleanup, seed, chain, predecessor, successor, error::text, reason, "
+    "started_at, finished_at"
 )
 
 
@@ -160,7 +165,8 @@ def run(row: Sequence[Any], payloads: Payloads) -> Run:
     (
         id_, workflow, version, status, revision, current_step, input_, queue, created_at, key, tags, priority,
         parent_id, parent_step, frame_, waiting_for, waiting_name, wake_at, deadline, claim_worker, claim_token,
-        pausing, ending_, undo_cursor, retries, error, reason, started_at, finished_at,
+        pausing, ending_, undo_cursor, retries, cleanup, seed, chain, predecessor, successor, error, reason,
+        started_at, finished_at,
     ) = row  # fmt: skip
     return Run(
         id=id_,
@@ -187,6 +193,11 @@ def run(row: Sequence[Any], payloads: Payloads) -> Run:
         ending=ending(ending_, payloads),
         undo_cursor=undo_cursor,
         retries=retries,
+        cleanup=cleanup,
+        seed=seed,
+        chain=chain,
+        predecessor=predecessor,
+        successor=successor,
         error=failure(payloads.load(error)),
         reason=reason,
         started_at=started_at,
@@ -211,6 +222,8 @@ def run_changes(run: Run, payloads: Payloads) -> dict[str, Any]:
         "ending": ending_text(run.ending, payloads),
         "undo_cursor": run.undo_cursor,
         "retries": run.retries,
+        "cleanup": run.cleanup,
+        "successor": run.successor,
         "error": payloads.dump(failure_json(run.error)),
         "reason": clean(run.reason),
         "started_at": run.started_at,
@@ -235,9 +248,18 @@ def entry(row: Sequence[Any], payloads: Payloads) -> Entry:
         started_at=started_at,
         finished_at=finished_at,
         parent=parent,
-        extra=payloads.load(extra),
+        extra=_extra(extra, payloads),
         seq=seq,
     )
+
+
+def _extra(text: str | None, payloads: Payloads) -> dict[str, Any] | None:
+    """What an entry remembers. A fork's copy says so beside what may have gone through a codec."""
+    raw: dict[str, Any] | None = payloads.load(text)
+    if raw is None or "~durable" not in raw:
+        return raw
+    stored = json.dumps({"~durable": raw.pop("~durable")}, separators=(",", ":"))
+    return {**payloads.load(stored), **raw}
 
 
 def entry_values(entry: Entry, payloads: Payloads) -> dict[str, Any]:
@@ -255,12 +277,12 @@ def entry_values(entry: Entry, payloads: Payloads) -> dict[str, Any]:
     }
 
 
-MESSAGE_COLUMNS: Final = "seq, kind, name, body::text, sent_at, state = 'new'"
+MESSAGE_COLUMNS: Final = "seq, kind, name, body::text, sent_at, state = 'new', message_id"
 
 
 def message(row: Sequence[Any], payloads: Payloads) -> Message:
-    seq, kind, name, body, sent_at, fresh = row
-    return Message(seq, MessageKind(kind), name, payloads.decoded(body), sent_at, fresh)
+    seq, kind, name, body, sent_at, fresh, id_ = row
+    return Message(seq, MessageKind(kind), name, payloads.decoded(body), sent_at, fresh, id_)
 
 
 def _trimmed(value: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class InternalError(AssertionError):
 CONSTRAINTS: Final[Mapping[str, Callable[[str], Exception]]] = {
     "runs_revision": StaleRevision,
     "runs_legal_move": InternalError,
+    "runs_successor": InternalError,
     "runs_tags_check": lambda _: PayloadError("tags are an object of names and values", where="the tags"),
     "journal_first_write_wins": JournalConflict,
 }

@@ -61,9 +61,12 @@ _LIFECYCLE: Final = {
     "failed": _Rank.ENDED,
     "canceled": _Rank.ENDED,
 }
-_CODE: Final = frozenset({EntryKind.STEP, EntryKind.BRANCH, EntryKind.ITERATION, EntryKind.CHOICE, EntryKind.RESULT})
+_CODE: Final = frozenset({
+    EntryKind.STEP, EntryKind.BRANCH, EntryKind.ITERATION, EntryKind.CHOICE, EntryKind.RESULT,
+    EntryKind.BLOCK, EntryKind.JOIN, EntryKind.RACE, EntryKind.MAP,
+})  # fmt: skip
 _OPEN: Final = frozenset({WaitingFor.SIGNAL, WaitingFor.CHILD, WaitingFor.RESUME, WaitingFor.ROLLBACK})
-_WAITS: Final = frozenset({EntryKind.SIGNAL, EntryKind.CHILD})
+_WAITS: Final = frozenset({EntryKind.SIGNAL, EntryKind.RECEIVE, EntryKind.CHILD})
 _LAST: Final = 2**63
 
 # (time, rank, place of the step in the journal, attempt, before or after): see compose()
@@ -73,10 +76,24 @@ _Item: TypeAlias = tuple[_Key, HistoryEvent]
 
 def compose(sources: Sources) -> list[HistoryEvent]:
     """All that happened to the run, in order."""
+    sources = replace(sources, journal=with_beginnings(sources.journal))
     place = {entry["step_id"]: entry["seq"] for entry in sources.journal}
     steps = [*_failed_attempts(sources, place), *_journaled(sources), *_open(sources)]
     items = [*_lifecycle(sources, steps), *_messages(sources), *steps]
     return [event for _, event in sorted(items, key=lambda item: item[0])]
+
+
+def with_beginnings(journal: Sequence[Row]) -> list[Row]:
+    """The rows in their order; one that does not say when it began did so with the first step in it."""
+    inside: dict[str, datetime] = {}
+    rows: list[Row] = []
+    for row in journal:  # what is in a step comes before it
+        began = row["started_at"] or inside.get(row["step_id"])
+        rows.append({**row, "started_at": began})
+        parent, at = row["parent"], began or row["finished_at"]
+        if parent is not None:
+            inside[parent] = min(inside.get(parent, at), at)
+    return rows
 
 
 def error_info(raw: Mapping[str, Any] | None) -> ErrorInfo | None:
@@ -156,7 +173,11 @@ def _journaled(sources: Sources) -> Iterator[_Item]:
         if signal["taken_by"] is not None and signal["taken_at"] is not None:
             taken[signal["taken_by"]].append(signal)
     for row in sources.journal:
+        if (row["extra"] or {}).get("copied"):  # it happened to the run that this one was forked from
+            continue
         kind, step_id = EntryKind(row["kind"]), row["step_id"]
+        if kind is EntryKind.RESULT and row["started_at"] is None:  # what a body returned: no handler ran for it
+            continue
         if kind is EntryKind.SLEEP or kind in _WAITS:
             yield from _wait(row, kind)
         elif kind is EntryKind.UNDO:
@@ -236,7 +257,8 @@ def _open(sources: Sources) -> Iterator[_Item]:
 
 def _awaited(begun: Begun) -> dict[str, Any] | None:
     times = {"until": begun.due, "deadline": begun.deadline}
-    about = {name: time.isoformat() for name, time in times.items() if time is not None}
+    about: dict[str, Any] = {name: time.isoformat() for name, time in times.items() if time is not None}
     about |= {"signal": begun.name} if begun.name is not None else {}
+    about |= {"signals": list(begun.names)} if begun.names is not None else {}
     about |= {"child": str(begun.child)} if begun.child is not None else {}
     return about or None

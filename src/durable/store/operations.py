@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 Sent: TypeAlias = Literal["sent", "duplicate", "finished", "unknown"]
 Resumed: TypeAlias = Literal["accepted", "refused", "busy", "unknown"]
+ForkAnswer: TypeAlias = Literal["forked", "unknown", "no_step", "undone", "rolled_back"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,14 @@ class Started:
     id: uuid.UUID
     created: bool
     same: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """What came of a fork. `steps`: those that there are, if there is ``no_step`` of that name; those ``undone``."""
+
+    answer: ForkAnswer
+    steps: tuple[str, ...] = ()
 
 
 def start(db: Store, run: Start) -> Query[Started]:
@@ -110,15 +119,27 @@ def send(
     name: str | None = None,
     body: JsonText | None = None,
     message_id: str | None = None,
+    *,
+    wants_reply: bool = False,
 ) -> Query[Sent]:
-    """Put a message into a run's inbox. Never waits for the run. Raises PayloadError for a body over the limit."""
+    """Put a message into a run's inbox. Never waits for the run. Raises PayloadError for a body over the limit.
+
+    `wants_reply`: its sender waits until it is completed; see ``read.answer``.
+    """
     sql = f"""
 select "{db.schema}".send_message(
-  cast(%(run)s as uuid), cast(%(kind)s as text), cast(%(name)s as text), cast(%(body)s as json), cast(%(id)s as text)
+  cast(%(run)s as uuid), cast(%(kind)s as text), cast(%(name)s as text), cast(%(body)s as json), cast(%(id)s as text),
+  cast(%(wants_reply)s as boolean)
 )"""
     where = f"the payload of {kind.value} {name!r}"
-    params = {"run": run_id, "kind": kind.value, "name": _storable(name, "the name"), "body": _sealed(db, body, where)}
-    params["id"] = _storable(message_id, "the message's id")
+    params = {
+        "run": run_id,
+        "kind": kind.value,
+        "name": _storable(name, "the name"),
+        "body": _sealed(db, body, where),
+        "id": _storable(message_id, "the message's id"),
+        "wants_reply": wants_reply,
+    }
     return Query(sql, params, lambda rows: cast(Sent, rows[0][0]))
 
 
@@ -130,6 +151,33 @@ select "{db.schema}".resume_wait(cast(%(run)s as uuid), cast(%(name)s as text), 
     body = _sealed(db, body, f"the data of resume {name!r}")
     params = {"run": run_id, "name": _storable(name, "the name"), "body": body}
     return Query(sql, params, lambda rows: cast(Resumed, rows[0][0]))
+
+
+def definition_of(db: Store, run_id: uuid.UUID) -> Query[tuple[str, str] | None]:
+    """The name and version of a run's workflow; None if there is no such run."""
+    sql = f'select workflow, version from "{db.schema}".runs where id = cast(%(run)s as uuid)'
+    return Query(sql, {"run": run_id}, lambda rows: (rows[0][0], rows[0][1]) if rows else None)
+
+
+def fork(
+    db: Store, run_id: uuid.UUID, new_id: uuid.UUID, step: str | None = None, input_: JsonText | None = None
+) -> Query[Forked]:
+    """Start a run with a copy of another one's journal up to `step`. That one is not locked, and stays as it is.
+
+    `input_`: None for the same. Raises PayloadError for one over the limit.
+    """
+    sql = f"""
+select answer, steps from "{db.schema}".fork_run(
+  cast(%(run)s as uuid), cast(%(id)s as uuid), cast(%(step)s as text), cast(%(input)s as json), cast(%(hash)s as text)
+)"""
+    params = {
+        "run": run_id,
+        "id": new_id,
+        "step": _storable(step, "the step"),
+        "input": _sealed(db, input_, "the input"),
+        "hash": None if input_ is None else canonical_hash(input_),
+    }
+    return Query(sql, params, lambda rows: Forked(rows[0][0], tuple(rows[0][1] or ())))
 
 
 # ---------------------------------------------------------------- on which connection

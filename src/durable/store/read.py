@@ -28,20 +28,26 @@ from durable.snapshots import DERIVED, ErrorInfo, HistoryEvent, Page, RunSnapsho
 from durable.store import codec
 from durable.store.codec import Payloads
 from durable.store.db import Connection, Store
-from durable.store.history import Sources, compose, error_info, parent_of
+from durable.store.history import Sources, compose, error_info, parent_of, with_beginnings
 from durable.store.sql import Statements, statement
 from durable.values import JsonText, Status, WaitingFor
 
 Totals: TypeAlias = Callable[[str, str], int | None]
 
-NODES: Final = frozenset({"step", "parallel", "route", "loop", "sleep", "signal", "child"})
+NODES: Final = frozenset({
+    "step", "parallel", "route", "loop", "sleep", "signal", "child",
+    "block", "join", "race", "map", "receive", "checkpoint",
+})  # fmt: skip
+"""The kinds of entries that a run's results are made of."""
+NOT_SHOWN: Final = frozenset({"reply", "rollback", "patch"})
+"""The kinds that are no steps: the engine's own notes."""
 STATUSES: Final = (*(status.value for status in Status), *DERIVED.values())
 MOST: Final = 1_000
 
 _RUN: Final = """
   r.id, r.workflow, r.version, r.status, r.current_step, r.created_at, r.waiting_for, r.waiting_name, r.wake_at, r.key,
   r.tags::text, r.priority, r.parent_id, r.parent_step, r.started_at, r.finished_at, r.deadline, r.input::text,
-  r.error::text, r.reason, r.retries
+  r.error::text, r.reason, r.retries, r.revision, r.predecessor, r.successor, r.forked_from
 """
 
 
@@ -93,12 +99,51 @@ from {schema}.inbox where run_id = %(id)s and kind = 'signal' order by seq
 """)
 
     outcome = statement("""
--- how a run ended, with the results of its nodes if it completed
-select r.status, r.workflow, r.version, r.queue, r.error::text, r.reason, j.step_id, j.kind, j.result::text
+-- how a run, or the one that it went on as, has ended; with the results of its nodes if it completed
+select r.id, r.status, r.workflow, r.version, r.queue, r.error::text, r.reason, j.step_id, j.kind, j.result::text
 from {schema}.runs r
 left join {schema}.journal j
   on j.run_id = r.id and r.status = 'completed' and j.parent is null and j.status = 'completed'
-where r.id = %(id)s order by j.seq
+where r.id = {schema}.chain_end(%(id)s) order by j.seq
+""")
+
+    answer = statement("""
+-- a message that wants a reply: it went on with the run's chain, or an earlier run of that had it before
+with recursive later as (
+  select id, successor from {schema}.runs where id = %(id)s
+  union all
+  select next.id, next.successor from later join {schema}.runs next on next.id = later.successor
+),
+earlier as (
+  select id, predecessor from {schema}.runs where id = %(id)s
+  union all
+  select before.id, before.predecessor from earlier join {schema}.runs before on before.id = earlier.predecessor
+),
+chain as (
+  select id from later union all select id from earlier
+),
+found as (  -- one run after the other, by the index, until it is there
+  select m.*
+  from chain, lateral (
+    select run_id, state, replied_at, reply from {schema}.inbox
+    where run_id = chain.id and message_id = %(message)s limit 1
+  ) m
+  limit 1
+)
+select r.id, r.status, r.workflow, r.version, r.queue, r.error::text, r.reason,
+  found.replied_at is not null as replied, found.reply::text,
+  r.finished_at is not null and (r.successor is null or found.state = 'taken') as too_late
+from found join {schema}.runs r on r.id = found.run_id
+""")
+
+    end_of_chain = statement("""
+-- where a run has gone on to
+select {schema}.chain_end(%(id)s) as id
+""")
+
+    revision = statement("""
+-- whether a run has changed
+select revision from {schema}.runs where id = %(id)s
 """)
 
     status = statement("""
@@ -111,6 +156,7 @@ select status from {schema}.runs where id = %(id)s
 class Outcome:
     """How far a run has come, and if it has ended, how. `result` is JSON text, of a completed run only."""
 
+    id: uuid.UUID
     status: Status
     workflow: str
     version: str
@@ -123,6 +169,17 @@ class Outcome:
     def not_undone(self) -> tuple[str, ...]:
         """What the rollback could not undo."""
         return tuple(self.error.details.get("not_undone", ())) if self.error else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a message that wants a reply. `run` is the one that has it; `reply` is JSON text, once `replied`.
+    `too_late`: nobody will reply any more."""
+
+    run: Outcome
+    replied: bool
+    reply: JsonText | None
+    too_late: bool
 
 
 # ---------------------------------------------------------------- one run
@@ -177,8 +234,21 @@ async def exists(db: Store, connection: Connection, run_id: uuid.UUID) -> bool:
     return await status_of(db, connection, run_id) is not None
 
 
+async def end_of_chain(db: Store, connection: Connection, run_id: uuid.UUID) -> uuid.UUID:
+    """The run as which this one goes on now: itself, unless it was continued as new."""
+    found: uuid.UUID = (await _rows(connection, statements(db.schema).end_of_chain, id=run_id))[0]["id"]
+    return found
+
+
+async def revision_of(db: Store, connection: Connection, run_id: uuid.UUID) -> int | None:
+    """The number that every change of the run raises; None if there is no such run."""
+    rows = await _rows(connection, statements(db.schema).revision, id=run_id)
+    return rows[0]["revision"] if rows else None
+
+
 async def outcome(db: Store, connection: Connection, run_id: uuid.UUID) -> Outcome:
-    """What `result` needs. A result is what ``result=fn`` gave, else ``{node: result}``: texts, which nobody parses."""
+    """What `result` needs, of the end of the run's chain. A result is what a body or ``result=fn`` gave, else ``{node:
+    result}``: texts, which nobody parses."""
     rows = await _rows(connection, statements(db.schema).outcome, id=run_id)
     if not rows:
         raise RunNotFound(run_id)
@@ -191,14 +261,27 @@ async def outcome(db: Store, connection: Connection, run_id: uuid.UUID) -> Outco
         read = {name: "null" if text is None else db.payloads.decode(text) for name, text in texts.items()}
         named = ",".join(f"{json.dumps(name, ensure_ascii=False)}:{text}" for name, text in read.items())
         result = read.get("run:result", "{" + named + "}")
+    return replace(_outcome(first, db.payloads), result=result)
+
+
+async def answer(db: Store, connection: Connection, run_id: uuid.UUID, message_id: str) -> Answer:
+    """What became of a message that was sent to this run, or to one of its chain. Raises RunNotFound if it is gone."""
+    rows = await _rows(connection, statements(db.schema).answer, id=run_id, message=message_id)
+    if not rows:
+        raise RunNotFound(run_id)
+    row = rows[0]
+    return Answer(_outcome(row, db.payloads), row["replied"], db.payloads.decoded(row["reply"]), row["too_late"])
+
+
+def _outcome(row: Mapping[str, Any], payloads: Payloads) -> Outcome:
     return Outcome(
-        Status(first["status"]),
-        first["workflow"],
-        first["version"],
-        first["queue"],
-        result,
-        error_info(db.payloads.load(first["error"])),
-        first["reason"],
+        row["id"],
+        Status(row["status"]),
+        row["workflow"],
+        row["version"],
+        row["queue"],
+        error=error_info(payloads.load(row["error"])),
+        reason=row["reason"],
     )
 
 
@@ -247,7 +330,8 @@ async def page(
 ) -> Page[RunSnapshot]:
     """Runs that match all filters, the newest first. `after` is the ``next`` of the page before.
 
-    A `status` may be a derived one (``retrying``, ``sleeping`` ...), or several; `tags` must all be there.
+    A `status` may be a derived one (``retrying``, ``sleeping`` ...), or several; `tags` must all be there. A run that
+    went on as another one has left its `key` to that.
     """
     query, values = page_query(
         db.schema,
@@ -303,8 +387,8 @@ def page_query(
         add("r.tags @> %(tags)s::jsonb and r.tags <> '{}'", tags=json.dumps(dict(tags)))
     if parent is not None:
         add("r.parent_id = %(parent)s", parent=parent)
-    if key is not None:
-        add("r.key = %(key)s", key=key)
+    if key is not None:  # the second condition is what the partial index asks for: the end of a chain has its key
+        add("r.key = %(key)s and r.successor is null", key=key)
     if started_after is not None:
         add("r.started_at > %(started_after)s", started_after=started_after)
     if after is not None:
@@ -379,6 +463,10 @@ def _run(row: Mapping[str, Any], payloads: Payloads, totals: Totals | None) -> R
         reason=row["reason"],
         not_undone=tuple(error.details.get("not_undone", ())) if error else (),
         retries=row["retries"],
+        revision=row["revision"],
+        predecessor=row["predecessor"],
+        successor=row["successor"],
+        forked_from=row["forked_from"],
     )
 
 
@@ -391,13 +479,14 @@ def _with_steps(
     payloads: Payloads,
 ) -> RunSnapshot:
     """The run with what its journal and its frame say of its steps."""
-    entries = {entry["step_id"]: _entry(entry, payloads) for entry in journal}
+    entries = {entry["step_id"]: _entry(entry, payloads) for entry in with_beginnings(journal)}
     nodes = {entry["step_id"] for entry in journal if entry["parent"] is None and entry["kind"] in NODES}
     results = {name: step.result for name, step in entries.items() if name in nodes and step.status == "completed"}
     failed = tuple(
         name.removeprefix("undo:") for name, s in entries.items() if s.kind == "undo" and s.status == "failed"
     )
     quiet = {name for name, s in entries.items() if s.kind in ("choice", "result") and s.status == "completed"}
+    quiet |= {name for name, s in entries.items() if s.kind in NOT_SHOWN}
     parents = {entry["step_id"]: entry["parent"] for entry in journal}
     known = {name: step for name, step in entries.items() if name not in quiet}
     last = {attempt["step_id"]: attempt for attempt in attempts}
@@ -420,7 +509,7 @@ def _add_progress(
     """What a step says of itself while it runs. One that holds the run's row is not to be seen otherwise."""
     if step_id in entries:
         return
-    step = known.get(step_id) or StepSnapshot(step_id, _kind(step_id, None), "running")
+    step = known.get(step_id) or StepSnapshot(step_id, _kind(step_id, Begun()), "running")
     if step.status == "running":
         known[step_id] = replace(step, progress=said)
         parents.setdefault(step_id, parent_of(step_id))
@@ -454,7 +543,7 @@ def _begun(
     """A step that has begun and has not ended: it runs, or it waits; `entry` is there if it had returned Suspend."""
     running = begun.running or (begun.waits is None and can_run)
     suspended = begun.waits is WaitingFor.RESUME
-    base = entry or StepSnapshot(step_id, _kind(step_id, begun.waits), "waiting")
+    base = entry or StepSnapshot(step_id, _kind(step_id, begun), "waiting")
     return replace(
         base,
         status="suspended" if suspended else "running" if running else "waiting",
@@ -472,40 +561,59 @@ _KINDS: Final[Mapping[WaitingFor | None, EntryKind]] = {
 }
 
 
-def _kind(step_id: str, waits: WaitingFor | None) -> str:
+def _kind(step_id: str, begun: Begun) -> EntryKind:
     """The kind of a step that is not in the journal yet, by its id and its wait."""
     if step_id.startswith(("choice:", "input:")):
         return EntryKind.CHOICE
     if step_id.startswith("undo:"):
         return EntryKind.UNDO
-    if step_id == "run:result":
+    if step_id.startswith("run:"):
         return EntryKind.RESULT
+    if begun.names is not None:
+        return EntryKind.RECEIVE
+    if begun.waits in _KINDS:
+        return _KINDS[begun.waits]
     if step_id.endswith("]"):
         return EntryKind.ITERATION
-    if "/" in step_id:
-        return EntryKind.BRANCH
-    return _KINDS.get(waits, EntryKind.STEP).value
+    around = parent_of(step_id)
+    if around is None or parent_of(around) is not None:  # only a function's steps stand that deep
+        return EntryKind.STEP
+    return EntryKind.STEP if around.endswith("]") else EntryKind.BRANCH
 
 
 def _nested(known: Mapping[str, StepSnapshot], parents: Mapping[str, str | None]) -> tuple[StepSnapshot, ...]:
     """The steps under the nodes around them. A node that is not journaled yet stands where its first child does."""
-    below: dict[str | None, list[str]] = defaultdict(list)
     shown = dict(known)
-    for step_id in known:
-        parent = parents.get(step_id)
+    below: dict[str | None, list[str]] = defaultdict(list)
+    inside: dict[str | None, set[str]] = defaultdict(set)
+    for step_id, step in known.items():
+        inside[parents.get(step_id)].add(step.kind)
+
+    def place(step_id: str) -> None:
+        parent = parents[step_id] if step_id in parents else parent_of(step_id)
         if parent is not None and parent not in shown:
-            siblings = {known[other].kind for other in known if parents.get(other) == parent}
-            kind = EntryKind.LOOP if EntryKind.ITERATION in siblings else EntryKind.PARALLEL
-            if f"choice:{parent}" in parents:
-                kind = EntryKind.ROUTE
-            shown[parent] = StepSnapshot(parent, kind, "running", started_at=known[step_id].started_at)
-            below[None].append(parent)
+            kind = EntryKind.ROUTE if f"choice:{parent}" in parents else _kind_around(shown[step_id], parent, inside)
+            shown[parent] = StepSnapshot(parent, kind, "running", started_at=shown[step_id].started_at)
+            place(parent)
         below[parent].append(step_id)
 
     def tree(step_id: str) -> StepSnapshot:
         return replace(shown[step_id], children=tuple(tree(child) for child in below[step_id]))
 
+    for step_id in known:
+        place(step_id)
     return tuple(tree(step_id) for step_id in below[None])
+
+
+def _kind_around(child: StepSnapshot, parent: str, inside: Mapping[str | None, set[str]]) -> EntryKind:
+    """The kind of a node that is not in the journal yet, by what is in it and beside it."""
+    if child.step_id.endswith("]"):
+        return EntryKind.MAP if child.kind == EntryKind.CHILD else EntryKind.LOOP
+    if parent.endswith("]"):
+        return EntryKind.ITERATION
+    if EntryKind.BRANCH in {child.kind, *inside.get(parent, ())}:
+        return EntryKind.PARALLEL
+    return EntryKind.BRANCH if EntryKind.BRANCH in inside.get(parent_of(parent), ()) else EntryKind.BLOCK
 
 
 def _by_run(rows: Sequence[dict[str, Any]]) -> dict[uuid.UUID, list[dict[str, Any]]]:

@@ -35,8 +35,8 @@ class Statements:
 
 _CHANGED: Final = (
     "status", "revision", "current_step", "frame", "waiting_for", "waiting_name", "wake_at", "deadline",
-    "claim_worker", "claim_token", "pausing", "ending", "undo_cursor", "retries", "error", "reason", "started_at",
-    "finished_at",
+    "claim_worker", "claim_token", "pausing", "ending", "undo_cursor", "retries", "cleanup", "successor", "error",
+    "reason", "started_at", "finished_at",
 )  # fmt: skip
 
 
@@ -64,6 +64,11 @@ select revision, {schema}.engine_now()
 from (select revision from {schema}.runs where id = %(run)s for update) run
 """)
 
+    look = statement(f"""
+-- a run as it stands, without a lock
+select {RUN_COLUMNS} from {{schema}}.runs where id = %(run)s
+""")
+
     inbox = statement(f"""
 -- what lies in the inbox: read after the lock, never with it
 select {MESSAGE_COLUMNS} from {{schema}}.inbox where run_id = %(run)s and state <> 'taken' order by seq
@@ -84,6 +89,15 @@ update {schema}.inbox set state = 'seen' where run_id = %(run)s and seq = any(%(
 update {schema}.inbox message set state = 'taken', taken_by = taken.step, taken_at = {schema}.engine_now()
 from unnest(%(seqs)s::bigint[], %(steps)s::text[]) as taken (seq, step)
 where message.run_id = %(run)s and message.seq = taken.seq and message.state <> 'taken'
+""")
+
+    reply = statement("""
+-- these messages were completed: whoever asked finds the answer with them, and the first one stands
+update {schema}.inbox message
+set reply = answer.body::json, replied_at = {schema}.engine_now(), state = 'taken',
+  taken_at = coalesce(message.taken_at, {schema}.engine_now())
+from unnest(%(seqs)s::bigint[], %(replies)s::text[]) as answer (seq, body)
+where message.run_id = %(run)s and message.seq = answer.seq and message.replied_at is null
 """)
 
     move = statement(f"""
@@ -107,6 +121,11 @@ with forgotten as (
 insert into {schema}.attempts (run_id, step_id, attempt, kind, error, started_at, finished_at)
 select run_id, step_id, attempt, 'failed', error, started_at, finished_at from forgotten
 where kind in ('step', 'branch', 'iteration', 'choice', 'result')
+""")
+
+    prune = statement("""
+-- old iterations of a loop, whose results nobody needs any more
+delete from {schema}.journal where run_id = %(run)s and step_id = any(%(steps)s)
 """)
 
     write = statement("""
@@ -157,6 +176,31 @@ from {schema}.runs parent, {schema}.start_run(
   p_parent => parent.id, p_parent_step => %(parent_step)s, p_root => parent.root_id, p_deadline => parent.deadline
 ) child
 where parent.id = %(run)s
+""")
+
+    start_successor = statement("""
+-- continue_as_new: it takes what the run had, also its key, which `move` has freed; a used id is refused
+select case when not made.created then {schema}.refuse(
+  'runs_successor', 'run ' || %(run)s || ' can not go on as ' || %(id)s || ': there is such a run already'
+) end
+from {schema}.runs r, {schema}.start_run(
+  p_id => %(id)s, p_workflow => r.workflow, p_version => %(version)s, p_input => %(input)s,
+  p_input_hash => r.input_hash, p_queue => r.queue, p_key => r.key, p_tags => r.tags, p_priority => r.priority,
+  p_parent => r.parent_id, p_parent_step => r.parent_step, p_root => r.root_id, p_deadline => r.deadline,
+  p_predecessor => r.id
+) made
+where r.id = %(run)s
+""")
+
+    hand_over = statement("""
+-- what nobody took goes to the successor, which has seen none of it; but an answer of a child is for the run that asked
+update {schema}.inbox set run_id = %(id)s, state = 'new'
+where run_id = %(run)s and state <> 'taken' and kind <> 'child'
+""")
+
+    forward = statement("""
+-- what crossed the run's continue_as_new
+select {schema}.forward_messages(%(run)s)
 """)
 
     ring_later = statement("""

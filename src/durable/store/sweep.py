@@ -56,8 +56,11 @@ _LEFT_TO_TAKEOVER: Final = f"""
         join {{schema}}.workers w on w.queue_worker_id = j.worker_id
         where j.status = 'doing' and j.args ? 'run_id' and w.id <> all (array({_LIVE})))
 """
-# A run that has ended still is asked to retry, and a completed child to roll back; nothing else reaches it.
-_HEARS: Final = "(r.finished_at is null or m.kind in ('retry', 'rollback'))"
+# A run that has ended still is asked to retry, and a completed child to roll back, and one that has continued as new
+# hands on what it gets; nothing else reaches it.
+_HEARS: Final = (
+    "(r.finished_at is null or m.kind in ('retry', 'rollback') or (r.successor is not null and m.kind <> 'child'))"
+)
 # `waiting_name` is "<workflow>@<version>" of what is missing, for a child of any version "<workflow>@".
 _KNOWN: Final = f"""
   r.waiting_for = 'definition' and r.waiting_name = any (%(names)s)
@@ -322,6 +325,7 @@ with roots as materialized (
    c as (delete from {schema}.attempts where run_id = any ((select list from ids)::uuid[])),
    d as (delete from {schema}.events where run_id = any ((select list from ids)::uuid[])),
    e as (delete from {schema}.waiters where run_id = any ((select list from ids)::uuid[])),
+   h as (delete from {schema}.deliveries where run_id = any ((select list from ids)::uuid[])),
    p as (delete from {schema}.progress where run_id = any ((select list from ids)::uuid[])),
    f as (delete from {schema}.runs where id = any ((select list from ids)::uuid[]))
 select cardinality(list) from ids

@@ -66,12 +66,17 @@ runs = sa.Table(
     sa.Column("ending", JSONB),
     sa.Column("undo_cursor", sa.BigInteger),
     sa.Column("retries", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("cleanup", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("seed", sa.Uuid),  # a fork draws the random numbers of the run that it was forked from
+    sa.Column("forked_from", sa.Uuid),
+    sa.Column("chain", sa.Uuid),  # the first run of a chain of continue_as_new; null in that itself
+    sa.Column("predecessor", sa.Uuid),
+    sa.Column("successor", sa.Uuid),
     sa.Column("error", JSON),
     sa.Column("reason", sa.Text),
     _time("created_at", nullable=False),
     _time("started_at"),
     _time("finished_at"),
-    sa.UniqueConstraint("key", "workflow", name="runs_workflow_key_key"),  # the key first: it is looked up alone too
     sa.CheckConstraint(_one_of("status", Status), name="status"),
     sa.CheckConstraint(f"waiting_for is null or {_one_of('waiting_for', WaitingFor)}", name="waiting_for"),
     sa.CheckConstraint(f"({ENDED_SQL}) = (finished_at is not null)", name="finished"),
@@ -84,6 +89,9 @@ runs = sa.Table(
     sa.CheckConstraint("(status = 'compensating') <= (ending is not null)", name="ending"),
     sa.CheckConstraint("jsonb_typeof(tags) = 'object'", name="tags"),
     # HOT updates: none of these indexes holds a column that every step changes (revision, current_step, frame).
+    sa.Index(  # of a chain, its head has the key. The key stands first: it is looked up alone too
+        "runs_workflow_key_key", "key", "workflow", unique=True, postgresql_where=sa.text("successor is null")
+    ),
     sa.Index("runs_created_at_id_idx", sa.text("created_at desc"), sa.text("id desc")),
     sa.Index("runs_status_created_at_idx", "status", sa.text("created_at desc"), sa.text("id desc")),
     sa.Index("runs_workflow_created_at_idx", "workflow", sa.text("created_at desc"), sa.text("id desc")),
@@ -148,8 +156,11 @@ inbox = sa.Table(
     sa.Column("body", JSON),
     sa.Column("state", sa.Text, nullable=False, server_default="new"),
     sa.Column("taken_by", sa.Text),
+    sa.Column("wants_reply", sa.Boolean, nullable=False, server_default=sa.false()),  # `request` waits for it
+    sa.Column("reply", JSON),
     _time("sent_at", nullable=False),
     _time("taken_at"),
+    _time("replied_at"),
     sa.UniqueConstraint("run_id", "message_id"),
     sa.CheckConstraint(_one_of("kind", MessageKind), name="kind"),
     sa.CheckConstraint("state in ('new', 'seen', 'taken')", name="state"),
@@ -181,6 +192,22 @@ events = sa.Table(
     sa.Column("step_id", sa.Text),
     sa.Column("data", JSON),
     _time("at", nullable=False),
+)
+
+deliveries = sa.Table(
+    "deliveries",
+    metadata,
+    # What hooks are to be told, written with what it tells of, and deleted when a hook has taken it.
+    sa.Column("run_id", sa.Uuid, primary_key=True),
+    sa.Column("seq", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("queue", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("body", JSON, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("error", JSON),  # of the last attempt
+    _time("due", nullable=False),
+    sa.CheckConstraint("kind in ('status', 'error')", name="kind"),
+    sa.Index("deliveries_queue_due_idx", "queue", "due"),
 )
 
 workers = sa.Table(
