@@ -13,9 +13,10 @@ from datetime import datetime
 from typing import Any
 
 from durable.core.finish import answer_text, end
+from durable.core.functions.errors import led_to
 from durable.core.moves import move
 from durable.core.state import REQUESTS as REQUESTS
-from durable.core.state import Ending, Failure, Message, MessageKind, Run, View
+from durable.core.state import Ending, Entry, EntryKind, Failure, Message, MessageKind, Run, View
 from durable.core.transition import Outgoing, Transition
 from durable.core.undo_targets import targets
 from durable.values import Status, WaitingFor
@@ -66,7 +67,7 @@ def retry(view: View, now: datetime) -> Transition | None:
         return move(view, now, Status.RUNNING, error=None)
     if run.status is not Status.FAILED:
         return None
-    failed = tuple(entry.step_id for entry in view.journal.values() if entry.status == "failed")
+    failed = tuple(entry.step_id for entry in view.journal.values() if entry.status == "failed" and _led_to(run, entry))
     deadline = run.deadline if run.deadline is not None and run.deadline > now else None
     fresh: dict[str, Any] = {
         "error": None,
@@ -79,19 +80,26 @@ def retry(view: View, now: datetime) -> Transition | None:
     return move(view, now, Status.RUNNING, forget=failed, taken=stale, retries=run.retries + 1, **fresh)
 
 
+def _led_to(run: Run, failed: Entry) -> bool:
+    """Whether a failed entry led to the run's failure. A body may have gone on from others: those it says itself."""
+    causes = (run.error.details or {}).get("retry") if run.error is not None else None
+    return causes is None or led_to(failed.step_id, causes)
+
+
 def was_undone(view: View) -> bool:
-    """Whether any of its entries was undone, or tried to be."""
-    return any(step_id.startswith("undo:") for step_id in view.journal)
+    """Whether any of its entries was undone, or tried to be, since it last went back to a checkpoint."""
+    since = max((entry.seq for entry in view.journal.values() if entry.kind is EntryKind.ROLLBACK), default=0)
+    return any(entry.kind is EntryKind.UNDO and entry.seq > since for entry in view.journal.values())
 
 
-def begin_rollback(view: View, now: datetime) -> Transition:
+def begin_rollback(view: View, now: datetime, **write: Any) -> Transition:
     """No handler of the run is alive any more: the rollback that `ending` asks for begins, or the run just ends."""
     ending = view.run.ending
     assert ending is not None
     children = {step_id: begun for step_id, begun in view.run.frame.items() if begun.child is not None}
     if view.workflow is not None and not targets(view) and not children:
-        return end(view, now, ending.status, error=ending.error, reason=ending.reason)
-    return move(view, now, Status.COMPENSATING, claim=None, pausing=False, frame=children)
+        return end(view, now, ending.status, error=ending.error, reason=ending.reason, **write)
+    return move(view, now, Status.COMPENSATING, claim=None, pausing=False, frame=children, **write)
 
 
 def _cancel(view: View, now: datetime, reason: str | None, compensate: bool, taken: Any) -> Transition | None:
@@ -100,6 +108,8 @@ def _cancel(view: View, now: datetime, reason: str | None, compensate: bool, tak
         return None
     if run.status is Status.COMPENSATING:
         return _cancel_rollback(view, now, reason, compensate, taken)
+    if run.cleanup and run.waiting_for not in (WaitingFor.PERSON, WaitingFor.DEFINITION):
+        return _cancel_body(view, now, reason, compensate, taken)
     down = {"outgoing": _to_children(run, MessageKind.CANCEL, {"reason": reason, "compensate": compensate})}
     if not compensate or not (view.journal or run.frame):
         return end(view, now, Status.CANCELED, reason=reason, taken=taken, error=None, **down)
@@ -110,11 +120,24 @@ def _cancel(view: View, now: datetime, reason: str | None, compensate: bool, tak
     return move(view, now, Status.COMPENSATING, pausing=False, frame=children, **asked)
 
 
+def _cancel_body(view: View, now: datetime, reason: str | None, compensate: bool, taken: Any) -> Transition | None:
+    """Its body may clean up first: a worker raises Canceled in it. Asked again, nothing changes."""
+    run = view.run
+    if run.ending is not None:
+        return None
+    ending = Ending(Status.CANCELED, reason=reason, compensate=compensate)
+    down = _to_children(run, MessageKind.CANCEL, {"reason": reason, "compensate": compensate})
+    write: dict[str, Any] = {"ending": ending, "reason": reason, "error": None, "taken": taken, "outgoing": down}
+    status = run.status if run.claim is not None else Status.RUNNING
+    return move(view, now, status, pausing=False, **write)
+
+
 def _cancel_rollback(view: View, now: datetime, reason: str | None, compensate: bool, taken: Any) -> Transition:
     """It ends canceled: after the current compensator, unless all was to be undone."""
     ending = view.run.ending
     assert ending is not None
-    canceled = replace(ending, status=Status.CANCELED, reason=reason, stop=ending.stop or not compensate)
+    stop = ending.stop or not compensate
+    canceled = replace(ending, status=Status.CANCELED, reason=reason, stop=stop, to=None)
     return move(view, now, Status.COMPENSATING, ending=canceled, reason=reason, taken=taken)
 
 
@@ -165,7 +188,8 @@ def _unchanged(view: View, now: datetime, taken: Any, **write: Any) -> Transitio
     run = view.run
     others = any(message.seq not in taken for message in view.inbox)
     done = move(view, now, run.status, wake=others, taken=taken, **_waits(run), **write)
-    return replace(done, after=replace(run, revision=run.revision + 1, wake_at=done.after.wake_at))
+    kept = replace(run, revision=run.revision + 1, wake_at=done.after.wake_at, current_step=done.after.current_step)
+    return replace(done, after=kept)
 
 
 def _waits(run: Run) -> dict[str, Any]:

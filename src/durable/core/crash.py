@@ -6,17 +6,17 @@ is what planning would run under the row's lock now.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from durable.core.graph import go_on, plan
+from durable.core import control, undo
+from durable.core.charge import active, charge
+from durable.core.functions.plan import suspect
 from durable.core.moves import NOT_BEGUN, move
-from durable.core.state import Begun, Claim, Failure, View
-from durable.core.transition import Call, FailedAttempt, Fanout, Limits, Transition
+from durable.core.plan import go_on, plan
+from durable.core.state import Claim, View
+from durable.core.transition import Call, Fanout, Limits, Transition
 from durable.values import Status, WaitingFor
-
-_BACKOFF_LIMIT = 60.0
 
 
 def died(view: View, now: datetime, limits: Limits) -> Transition | None:
@@ -26,13 +26,27 @@ def died(view: View, now: datetime, limits: Limits) -> Transition | None:
         free = replace(view, run=replace(view.run, claim=None))
         running = [step_id for step_id, begun in view.run.frame.items() if begun.running]
         return replace(charge(free, now, limits, running) if running else go_on(free, now), before=view.run)
+    if view.workflow is not None and view.workflow.body is not None:
+        return _died_in_body(view, now, limits)
     match plan(view, now, limits):
         case Call(claims_first=False, step_id=step_id):
             return charge(view, now, limits, [step_id])
         case Call() | Fanout():  # it runs by a claim only, and there was none yet
-            return move(view, now, _active(view))
+            return move(view, now, active(view))
         case decided:
             return decided
+
+
+def _died_in_body(view: View, now: datetime, limits: Limits) -> Transition | None:
+    """The same for a function, whose body is not driven here: if that was the killer, it would kill again."""
+    if (asked := control.apply_next(view, now)) is not None:
+        return asked
+    if view.run.status is Status.COMPENSATING:
+        target = undo.next_target(view)
+        return charge(view, now, limits, [target.undo_id]) if target is not None and not target.child else None
+    if view.run.status.ended or view.run.status is Status.PAUSED:
+        return None
+    return suspect(view, now, limits)
 
 
 def claimed(view: View, now: datetime, claim: Claim, calls: tuple[Call, ...]) -> Transition:
@@ -41,7 +55,7 @@ def claimed(view: View, now: datetime, claim: Claim, calls: tuple[Call, ...]) ->
     for call in calls:
         begun = frame.get(call.step_id, NOT_BEGUN)
         frame[call.step_id] = replace(begun, since=begun.since or now, waits=None, due=None, running=True)
-    return move(view, now, _active(view), claim=claim, frame=frame)
+    return move(view, now, active(view), claim=claim, frame=frame)
 
 
 def postponed(view: View, now: datetime, work: Call | Fanout, seconds: float) -> Transition:
@@ -51,33 +65,4 @@ def postponed(view: View, now: datetime, work: Call | Fanout, seconds: float) ->
     for call in work.calls:
         if call.crashes:
             frame[call.step_id] = replace(frame[call.step_id], due=due, waits=WaitingFor.RETRY)
-    return move(view, now, _active(view), frame=frame)
-
-
-def charge(view: View, now: datetime, limits: Limits, steps: Sequence[str], why: str = "its worker died") -> Transition:
-    """Count a crash of these steps, and hand them back."""
-    frame = dict(view.run.frame)
-    records = []
-    for step_id in steps:
-        begun = frame.get(step_id, NOT_BEGUN)
-        frame[step_id] = charged = _after_crash(begun, now, limits)
-        attempt = begun.attempts + 1
-        failure = Failure("durable.errors.StepInterrupted", why, "interrupted", step_id, attempt)
-        record = FailedAttempt(step_id, attempt, "interrupted", failure, begun.since, now, charged.due)
-        records.append(record)
-    return move(view, now, _active(view), frame=frame, attempts=tuple(records))
-
-
-def _after_crash(begun: Begun, now: datetime, limits: Limits) -> Begun:
-    """The first takeover is immediate, later ones back off, after the last one there is nothing to wait for. Jittered:
-    a killer and its neighbours, charged together, must not come back together."""
-    crashes = begun.crashes + 1
-    backs_off = 1 < crashes < limits.max_crashes
-    delay = min(2.0 ** (crashes - 2), _BACKOFF_LIMIT) * (0.5 + limits.chance / 2)
-    due = now + timedelta(seconds=delay) if backs_off else None
-    waits = WaitingFor.RETRY if due is not None else None
-    return replace(begun, crashes=crashes, since=begun.since or now, due=due, waits=waits, running=False)
-
-
-def _active(view: View) -> Status:
-    return Status.COMPENSATING if view.run.status is Status.COMPENSATING else Status.RUNNING
+    return move(view, now, active(view), frame=frame)

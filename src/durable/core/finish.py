@@ -121,7 +121,7 @@ def _answer(
 def answer_text(run: Run, status: Status, result: JsonText, error: Failure | None, reason: str | None) -> JsonText:
     """What a parent is told of its child's end. It says which run that is: a retried parent has a new child."""
     about = json.dumps({"error": failure_json(error), "reason": reason}, ensure_ascii=False)[1:-1]
-    return f'{{"run":"{run.id}","status":"{status.value}","result":{result},{about}}}'
+    return f'{{"run":"{run.chain or run.id}","status":"{status.value}","result":{result},{about}}}'
 
 
 def _cancel(child: Any, reason: str, *, compensate: bool) -> Outgoing:

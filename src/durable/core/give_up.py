@@ -81,6 +81,10 @@ def entry_of(
 ) -> Entry:
     """The journal entry of the work of `call`."""
     begun = view.run.frame.get(call.step_id, NOT_BEGUN)
+    if call.kind is not None:  # of a function
+        fields = {"parent": call.parent, "extra": call.extra, **fields}
+        entry = Entry(call.step_id, call.kind, status, attempt=begun.attempts + 1, finished_at=now, **fields)
+        return replace(entry, started_at=started_at or begun.since or now)
     node = current_node(view)
     nested = (
         node is not None

@@ -1,8 +1,4 @@
-"""What a builder run does next: it looks at the node under the cursor.
-
-Answers a Call (user code to run), a Fanout (branches to run concurrently), a Transition (nothing to run, something to
-write), or None (nothing to do now). `running` names the steps that this process executes at the moment.
-"""
+"""What a builder run does next: it looks at the node under the cursor."""
 
 from __future__ import annotations
 
@@ -10,13 +6,12 @@ import json
 from datetime import datetime
 from typing import assert_never
 
-from durable.core import control, undo
 from durable.core.attempt import Waits, attempt
 from durable.core.children import plan_child
-from durable.core.finish import complete, fail, node_done, object_text
+from durable.core.finish import complete, node_done, object_text
 from durable.core.give_up import branches_failed, loop_limit_reached, step_failed
 from durable.core.loops import iterations, loop_result, next_item
-from durable.core.moves import move, park
+from durable.core.moves import park
 from durable.core.state import Begun, Entry, EntryKind, Failure, View
 from durable.core.transition import Call, Decision, Fanout, Limits, Purpose, Transition
 from durable.core.waits import plan_signal, plan_sleep
@@ -31,41 +26,19 @@ from durable.define.nodes import (
     WaitForSignal,
     Work,
 )
-from durable.values import Status, WaitingFor
-
-NOTHING_RUNS: frozenset[str] = frozenset()
+from durable.values import WaitingFor
 
 
-def plan(view: View, now: datetime, limits: Limits, running: frozenset[str] = NOTHING_RUNS) -> Decision:
-    """What happens next to the run: requests first, then its status, then the node under its cursor."""
-    run = view.run
-    if (asked := control.apply_next(view, now)) is not None:
-        return asked
-    if run.status is Status.COMPENSATING:
-        return undo.plan(view, now, limits, running)
-    if run.status.ended or run.status is Status.PAUSED:
-        return None
-    if run.ending is not None:
-        return None if running else control.begin_rollback(view, now)
-    if run.pausing:
-        return None if running else control.paused(view, now)
-    if run.waiting_for is WaitingFor.START and run.wake_at is not None and run.wake_at > now:
-        return None
-    return _forward(view, now, limits, running)
-
-
-def _forward(view: View, now: datetime, limits: Limits, running: frozenset[str]) -> Decision:
-    run, workflow = view.run, view.workflow
-    if workflow is None:
-        return park(view, now, WaitingFor.DEFINITION, name=f"{run.workflow}@{run.version}", mind_deadline=False)
+def forward(view: View, now: datetime, limits: Limits, running: frozenset[str]) -> Decision:
+    """What the node under the cursor needs next."""
+    workflow = view.workflow
+    assert workflow is not None
     if (difference := divergence(view)) is not None:
         name = difference.type.rpartition(".")[2]
         return park(view, now, WaitingFor.PERSON, name=name, error=difference, mind_deadline=False)
-    if run.deadline is not None and run.deadline <= now:
-        return None if running else fail(view, now, _out_of_time(view))
-    if run.current_step == len(workflow.nodes):
+    if view.run.current_step == len(workflow.nodes):
         return _finish(view, now, limits, running)
-    return _plan_node(view, workflow.nodes[run.current_step], now, limits, running)
+    return _plan_node(view, workflow.nodes[view.run.current_step], now, limits, running)
 
 
 def _plan_node(view: View, node: Node, now: datetime, limits: Limits, running: frozenset[str]) -> Decision:
@@ -114,7 +87,7 @@ def _plan_parallel(view: View, node: Parallel, now: datetime, limits: Limits, ru
         step_id = f"{node.name}/{branch}"
         if step_id in running or _ended(view, step_id):
             continue
-        call = Call(step_id, Purpose.BRANCH, work)
+        call = Call(step_id, Purpose.BRANCH, work, shares=True)
         match attempt(view, now, limits, call):
             case Transition() as taken_up:
                 return taken_up
@@ -207,7 +180,8 @@ def divergence(view: View) -> Failure | None:
         f"now begins with {_listed(expected)}. Deploy the old definition again and `retry` the run, or cancel it; "
         f"a changed workflow needs a new version."
     )
-    return Failure("durable.errors.HistoryDiverged", message, "critical")
+    details = {"expected": _listed(found), "found": _listed(expected)}
+    return Failure("durable.errors.HistoryDiverged", message, "critical", details=details)
 
 
 def _listed(nodes: list[tuple[str, str]]) -> str:
@@ -217,16 +191,6 @@ def _listed(nodes: list[tuple[str, str]]) -> str:
 def _ended(view: View, step_id: str) -> bool:
     entry = view.journal.get(step_id)
     return entry is not None and entry.status != "suspended"
-
-
-def _out_of_time(view: View) -> Failure:
-    message = f"the run did not end within its deadline, {view.run.deadline:%Y-%m-%d %H:%M:%S %Z}"
-    return Failure("TimeoutError", message, "timeout")
-
-
-def go_on(view: View, now: datetime) -> Transition:
-    """Nothing changes but the revision: the run is handed back to the queue."""
-    return move(view, now, view.run.status, claim=None)
 
 
 _NODE_KINDS = frozenset(kind.kind for kind in (Step, Parallel, Route, Loop, Sleep, WaitForSignal, ChildWorkflow))

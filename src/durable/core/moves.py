@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
-from durable.core.state import REQUESTS, Begun, MessageKind, Run, View
+from durable.core.state import REQUESTS, Begun, EntryKind, MessageKind, Run, View
 from durable.core.transition import Next, Transition
 from durable.values import Status, WaitingFor
 
@@ -26,19 +26,46 @@ def move(view: View, now: datetime, status: Status, *, wake: bool = False, **wri
     that get lost, the timers put it back.
     """
     before = view.run
+    write = _with_body(view, write)
     beside = {name: write.pop(name) for name in _BESIDE & write.keys()}
     unparked: dict[str, Any] = {"waiting_for": None, "waiting_name": None, "wake_at": None}
     healthy: dict[str, Any] = {"error": None} if status in _HEALTHY and not before.pausing else {}
     after = replace(before, **{**unparked, **healthy, **write, "status": status, "revision": before.revision + 1})
+    if (successor := beside.get("successor")) is not None:
+        after = replace(after, successor=successor.id)
     if status.ended:
         after = replace(after, finished_at=now, frame={}, claim=None, pausing=False, **unparked)
     if before.started_at is None and status not in _NOT_STARTED:
         after = replace(after, started_at=now)
-    wake = wake or (status is Status.SUSPENDED and (after.pausing or after.ending is not None))
+    wake = wake or (status is Status.SUSPENDED and (after.pausing or (after.ending is not None and not after.cleanup)))
     if wake and _may_wake(after):
         after = replace(after, wake_at=now)
     asked = _asks_more(view, after, beside.get("taken") or {})
     return Transition(before, after, next=_next(after, wake=wake, asked=asked), **beside)
+
+
+def _with_body(view: View, write: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a function run beside what was decided: entries that were deferred, or follow from others."""
+    body = view.body
+    if body is None:
+        return write
+    gone = {*write.get("prune", ()), *body.pruning}
+    entries = (*body.deferred.values(), *write.get("entries", ()), *body.unwritten.values())
+    entries = tuple(entry for entry in entries if entry.step_id not in gone)  # over before they were written
+    entries = tuple(sorted(entries, key=lambda entry: entry.kind is EntryKind.RESULT))  # the run's own comes last
+    passed = sum(entry.parent is None and entry.kind in OPERATIONS and entry.status == "completed" for entry in entries)
+    more: dict[str, Any] = {"entries": entries, "prune": tuple(sorted(gone))}
+    frame = write.get("frame", view.run.frame)
+    if frame.keys() & body.unwritten.keys():  # blocks that were retried, and are over
+        write = {**write, "frame": {k: begun for k, begun in frame.items() if k not in body.unwritten}}
+    frame = write.get("frame", view.run.frame)
+    if ended := body.unwritten.keys() & frame.keys():  # blocks that were retried
+        more["frame"] = {step_id: begun for step_id, begun in frame.items() if step_id not in ended}
+    if passed:
+        more["current_step"] = view.run.current_step + passed
+    if view.run.started_at is None and body.workflow.cleans_up:
+        more["cleanup"] = True
+    return write | {name: what for name, what in more.items() if what or name == "frame"}
 
 
 def park(
@@ -104,5 +131,10 @@ def _asks_more(view: View, after: Run, taken: Collection[int]) -> bool:
 
 
 _BESIDE = frozenset(Transition.__dataclass_fields__) - {"before", "after", "next"}
+OPERATIONS: Final = frozenset(EntryKind) - {
+    EntryKind.BRANCH, EntryKind.ITERATION, EntryKind.CHOICE, EntryKind.UNDO, EntryKind.RESULT, EntryKind.PATCH,
+    EntryKind.ROLLBACK,
+}  # fmt: skip
+"""What the cursor counts, at the top level."""
 _HEALTHY = frozenset({Status.RUNNING, Status.SUSPENDED, Status.COMPLETED})
 _NOT_STARTED = frozenset({Status.PENDING, Status.PAUSED, Status.CANCELED})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from durable.core.moves import OPERATIONS
 from durable.core.state import Entry
 from durable.define import results as typed
 from durable.define.nodes import Loop, Node, Parallel, Route, Step, WaitForSignal, Workflow
@@ -27,10 +29,19 @@ class Results(Mapping[str, Any]):
             if self._workflow is None or name not in tuple(self):
                 there = ", ".join(map(repr, self)) or "none yet"
                 raise KeyError(f"no finished node {name!r}; finished: {there}")
-            self._loaded[name] = load_result(self._workflow, name, self._journal)
+            self._loaded[name] = self._load(name)
         return self._loaded[name]
 
+    def _load(self, name: str) -> Any:
+        assert self._workflow is not None
+        if self._workflow.body is not None:  # a step is told its arguments; this is for those who want to look around
+            return json.loads(self._journal[name].result or "null")
+        return load_result(self._workflow, name, self._journal)
+
     def __iter__(self) -> Iterator[str]:
+        if self._workflow is not None and self._workflow.body is not None:
+            own = (entry for entry in self._journal.values() if entry.parent is None and entry.kind in OPERATIONS)
+            return (entry.step_id for entry in own if _finished(entry))
         nodes = self._workflow.nodes if self._workflow is not None else ()
         return (node.name for node in nodes if _finished(self._journal.get(node.name)))
 

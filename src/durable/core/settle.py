@@ -9,11 +9,13 @@ from typing import Any, assert_never
 
 from durable.core import undo
 from durable.core.attempt import signal
-from durable.core.crash import charge
+from durable.core.charge import charge
 from durable.core.finish import asked, complete, node_done
+from durable.core.functions.plan import with_body
 from durable.core.give_up import current_node, entry_of, step_failed
 from durable.core.loops import iterations, loop_result
 from durable.core.moves import NOT_BEGUN, move, park, with_step, without
+from durable.core.plan import plan
 from durable.core.state import Begun, Entry, EntryKind, Failure, View
 from durable.core.transition import (
     Call,
@@ -48,7 +50,7 @@ def settle(view: View, ended: Ended, limits: Limits) -> Transition:
     """The transition that `ended.outcome` makes of the run."""
     match ended.outcome:
         case Succeeded(value):
-            return _succeeded(view, ended, value)
+            return _succeeded(view, ended, value, limits)
         case Iterated() as iterated:
             return _iterated(view, ended, iterated)
         case Suspended(snapshot):
@@ -63,11 +65,52 @@ def settle(view: View, ended: Ended, limits: Limits) -> Transition:
             assert_never(ended.outcome)
 
 
-def _succeeded(view: View, ended: Ended, value: str) -> Transition:
+def step_ended(view: View, now: datetime, limits: Limits, call: Call, entry: Entry) -> Transition:
+    """A step has ended, well or badly: its entry, and all that follows from it without user code.
+
+    One that shares its claim with others only writes its entry: the claim's owner plans on.
+    """
+    view = with_body(view)
+    assert view.body is not None
+    view.body.defer(entry)
+    frame = without(view.run, entry.step_id)
+    if call.shares and view.run.claim is not None:
+        return move(view, now, view.run.status, frame=frame, waiting_for=None)
+    passed = _with_entry(view, entry)
+    decided = plan(passed, now, limits)
+    if not isinstance(decided, Transition):
+        decided = move(passed, now, Status.RUNNING)
+    return replace(decided, before=view.run)
+
+
+def _with_entry(view: View, entry: Entry) -> View:
+    """`view` with a step ended by `entry`, which is still to be written; the claim that it ran under is over."""
+    run = replace(view.run, frame=without(view.run, entry.step_id), claim=None)
+    return replace(view, run=run, journal={**view.journal, entry.step_id: entry})
+
+
+def defer(view: View, ended: Ended) -> View | None:
+    """With an ephemeral step that has succeeded, `view` with its entry, which is written with the next transition; None
+    for any other outcome. Its run stays locked meanwhile."""
+    if not (ended.call.ephemeral and isinstance(ended.outcome, Succeeded)):
+        return None
+    view, entry = with_body(view), _entry(view, ended, ended.outcome.value)
+    assert view.body is not None
+    view.body.defer(entry)
+    return _with_entry(view, entry)
+
+
+def is_function(view: View) -> bool:
+    return view.workflow is not None and view.workflow.body is not None
+
+
+def _succeeded(view: View, ended: Ended, value: str, limits: Limits) -> Transition:
     call, now = ended.call, ended.now
-    node = current_node(view)
     match call.purpose:
+        case Purpose.STEP if is_function(view):
+            return step_ended(view, now, limits, call, _entry(view, ended, value))
         case Purpose.STEP:
+            node = current_node(view)
             assert node is not None
             return node_done(view, now, node, value, entries=(_entry(view, ended, value),))
         case Purpose.BRANCH:
@@ -164,7 +207,7 @@ def _suspended(view: View, ended: Ended, snapshot: str) -> Transition:
     )
     entry = entry_of(view, call, ended.now, "suspended", started_at=ended.started_at, result=snapshot)
     frame = with_step(run, call.step_id, waits)
-    if _is_branch(view, call):
+    if call.shares:
         return move(view, ended.now, Status.RUNNING, entries=(entry,), frame=frame)
     early = signal(view, call.step_id) is not None  # its answer was there before the question
     parked = park(view, ended.now, WaitingFor.RESUME, name=call.step_id, frame=frame, entries=(entry,), wake=early)
@@ -173,6 +216,9 @@ def _suspended(view: View, ended: Ended, snapshot: str) -> Transition:
 
 def _failed(view: View, ended: Ended, failed: Failed, limits: Limits) -> Transition:
     call, retry = ended.call, ended.call.work.retry
+    if is_function(view):  # whose steps are not in its definition, where a report would look
+        details = {**(failed.failure.details or {}), "limit": retry.max_attempts}
+        failed = replace(failed, failure=replace(failed.failure, details=details))
     if failed.retryable and not retry.exhausted(call.attempt):
         delay = failed.delay if failed.delay is not None else retry.delay(call.attempt, limits.chance)
         return _try_again(view, ended, failed.failure, delay)
@@ -183,6 +229,9 @@ def _failed(view: View, ended: Ended, failed: Failed, limits: Limits) -> Transit
         return undo.undone(view, ended.now, _target(view, call), failure, started_at=ended.started_at)
     if failed.retryable and retry.on_exhausted == "pause":
         return _pause_exhausted(view, ended, failure)
+    if is_function(view):
+        entry = entry_of(view, call, ended.now, "failed", error=failure, started_at=ended.started_at)
+        return step_ended(view, ended.now, limits, call, entry)
     return step_failed(view, ended.now, call, failure, started_at=ended.started_at)
 
 
@@ -194,7 +243,7 @@ def _try_again(view: View, ended: Ended, failure: Failure, delay: float) -> Tran
     waits = replace(begun, attempts=call.attempt, since=since, due=due, waits=WaitingFor.RETRY, running=False)
     frame = with_step(run, call.step_id, waits)
     record = FailedAttempt(call.step_id, call.attempt, "failed", failure, ended.started_at, now, due)
-    if _is_branch(view, call):
+    if call.shares:
         return move(view, now, Status.RUNNING, frame=frame, attempts=(record,))
     return _must(park(view, now, WaitingFor.RETRY, name=call.step_id, wake_at=due, frame=frame, attempts=(record,)))
 
@@ -206,7 +255,7 @@ def _pause_exhausted(view: View, ended: Ended, failure: Failure) -> Transition:
     begun = view.run.frame.get(call.step_id, NOT_BEGUN)
     fresh = Begun(since=begun.since or ended.started_at, resume_data=begun.resume_data)
     frame = with_step(view.run, call.step_id, fresh)
-    claim = view.run.claim if _is_branch(view, call) else None
+    claim = view.run.claim if call.shares else None
     pause: dict[str, Any] = {"pausing": True, "error": failure, "claim": claim}
     return move(view, ended.now, Status.RUNNING, frame=frame, attempts=(record,), **pause)
 
@@ -222,20 +271,16 @@ def _interrupted(view: View, ended: Ended, by: str) -> Transition:
     if begun is not None:
         begun = replace(begun, running=False, crashes=begun.crashes + call.work.at_most_once)
     frame = with_step(run, call.step_id, begun) if begun is not None else run.frame
-    claim = run.claim if _is_branch(view, call) else None
+    claim = run.claim if call.shares else None
     status = Status.COMPENSATING if run.status is Status.COMPENSATING else Status.RUNNING
     return move(view, ended.now, status, frame=frame, claim=claim, attempts=(record,))
 
 
 def _crashed(view: View, ended: Ended, limits: Limits) -> Transition:
     """Its transaction was lost with the connection: counted like a crash, so that it can't repeat for ever."""
-    free = view if _is_branch(view, ended.call) else replace(view, run=replace(view.run, claim=None))
+    free = view if ended.call.shares else replace(view, run=replace(view.run, claim=None))
     charged = charge(free, ended.now, limits, [ended.call.step_id], "its connection to the database was lost")
     return replace(charged, before=view.run)
-
-
-def _is_branch(view: View, call: Call) -> bool:
-    return call.purpose is Purpose.BRANCH and isinstance(current_node(view), Parallel)
 
 
 def _target(view: View, call: Call) -> Target:

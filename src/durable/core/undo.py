@@ -16,11 +16,16 @@ from durable.core.attempt import Waits, attempt
 from durable.core.children import answer
 from durable.core.control import ending_failure
 from durable.core.finish import end
+from durable.core.functions.ending import gone_back
+from durable.core.functions.undo import step_undone_by
 from durable.core.loops import next_item
 from durable.core.moves import move, park, with_step, without
+from durable.core.results import schema_of
 from durable.core.state import Begun, Entry, EntryKind, Failure, Message, MessageKind, View
 from durable.core.transition import Call, Decision, Limits, Outgoing, Purpose, Transition
 from durable.core.undo_targets import Target, is_target, targets
+from durable.define.nodes import Work
+from durable.define.payload import Schema
 from durable.values import Status, WaitingFor
 
 
@@ -36,14 +41,16 @@ def plan(view: View, now: datetime, limits: Limits, running: frozenset[str]) -> 
     if (open_child := _open_child(view)) is not None and not ending.stop:
         return _await_child(view, now, open_child)
     target = next_target(view)
+    if target is None and ending.to is not None and not ending.stop:
+        return gone_back(view, now)
     if target is None or (ending.stop and not _child_is_undoing(view, target)):
         return end(view, now, ending.status, error=ending_failure(view), reason=ending.reason)
-    return _undo_child(view, now, target) if target.work is None else _undo(view, now, target, limits)
+    return _undo_child(view, now, target) if target.child else _undo(view, now, target, limits)
 
 
 def _child_is_undoing(view: View, target: Target) -> bool:
     """Whether the current compensator is a child's own rollback: a stop waits for it as for any other."""
-    return target.work is None and target.undo_id in view.run.frame
+    return target.child and target.undo_id in view.run.frame
 
 
 def next_target(view: View) -> Target | None:
@@ -71,9 +78,12 @@ def undone(view: View, now: datetime, target: Target, failure: Failure | None = 
 
 
 def _undo(view: View, now: datetime, target: Target, limits: Limits) -> Decision:
-    assert target.work is not None
     entry = target.entry
-    call = Call(target.undo_id, Purpose.UNDO, target.work, output=entry.result, undoes=entry.step_id)
+    undoing = _work(view, target, now)
+    if isinstance(undoing, Failure):
+        return park(view, now, WaitingFor.PERSON, name="HistoryDiverged", error=undoing)
+    work, output_type = undoing
+    call = Call(target.undo_id, Purpose.UNDO, work, output=entry.result, output_type=output_type, undoes=entry.step_id)
     iteration = (entry.extra or {}).get("iteration")
     if iteration is not None:
         before = view.journal.get(f"{entry.parent}[{iteration - 1}]")
@@ -86,6 +96,17 @@ def _undo(view: View, now: datetime, target: Target, limits: Limits) -> Decision
             return undone(view, now, target, failure)
         case _:
             return state
+
+
+def _work(view: View, target: Target, now: datetime) -> tuple[Work, Schema] | Failure:
+    """How it is undone, and the type of what is handed to that; or how journal and code differ."""
+    if target.work is not None:
+        return target.work, schema_of(view.workflow, target.entry.step_id)
+    done = step_undone_by(view, target.entry.step_id, now)
+    if isinstance(done, Failure):
+        return done
+    assert done.compensate is not None
+    return done.compensate, done.result
 
 
 def _undo_child(view: View, now: datetime, target: Target) -> Transition | None:
@@ -123,7 +144,7 @@ def _await_child(view: View, now: datetime, step_id: str) -> Transition | None:
         return park(view, now, WaitingFor.ROLLBACK, name=step_id)
     body = json.loads(told.body or "{}")
     result = json.dumps(body.get("result"), ensure_ascii=False)
-    extra = {"child": str(begun.child)}
+    extra: dict[str, Any] = {"child": str(begun.child)} | ({"undo": True} if begun.undo else {})
     ended = Entry(step_id, EntryKind.CHILD, "completed", result, started_at=begun.since, finished_at=now, extra=extra)
     # It was faster than our cancel: it is undone like any finished step. One that needs no undoing is not journaled:
     # the cursor has not passed it, and a retried run starts it anew.

@@ -41,10 +41,17 @@ def return_annotation(fn: Callable[..., Any]) -> Any:
     function = underlying(fn)
     if not inspect.isfunction(function):
         return Any
-    raw = _raw_return(function)
+    raw = _raw(function, "return")
     if raw is _MISSING:
         return Any
     return _stored(_resolved(raw, function))
+
+
+def annotation_of(fn: Callable[..., Any], parameter: str) -> Any:
+    """The declared type of a parameter; Any if there is none. Names are looked up as for `return_annotation`."""
+    function = underlying(fn)
+    raw = _raw(function, parameter)
+    return Any if raw is _MISSING else _resolved(raw, function)
 
 
 def underlying(fn: Any) -> Any:
@@ -73,11 +80,11 @@ def _within(fn: Any) -> Any:
     return call if inspect.isfunction(call) or isinstance(call, functools.partial) else None
 
 
-def _raw_return(function: types.FunctionType) -> Any:
+def _raw(function: types.FunctionType, name: str) -> Any:
     try:
-        return function.__annotations__.get("return", _MISSING)
+        return function.__annotations__.get(name, _MISSING)
     except NameError as error:  # Python 3.14 evaluates annotations when they are read
-        return _unresolved(function, error, "its return annotation")
+        return _unresolved(function, error, f"its annotation of {name!r}")
 
 
 def _resolved(raw: Any, function: types.FunctionType) -> Any:
@@ -91,7 +98,7 @@ def _resolved(raw: Any, function: types.FunctionType) -> Any:
     except NameError as error:
         return _unresolved(inner, error, repr(raw))
     except Exception as error:
-        raise DefinitionError(f"the return annotation {raw!r} of {_name(function)} is no type: {error}") from error
+        raise DefinitionError(f"the annotation {raw!r} of {_name(function)} is no type: {error}") from error
 
 
 def _closure(function: types.FunctionType) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _unresolved(function: types.FunctionType, error: NameError, raw: str) -> Any
     if _only_for_checkers(error.name or "", function):
         return Any
     raise DefinitionError(
-        f"the return annotation {raw} of {_name(function)} can't be resolved ({error}): "
+        f"the annotation {raw} of {_name(function)} can't be resolved ({error}): "
         "import the name, or define it at the top level of the module, before the workflow"
     ) from error
 

@@ -319,7 +319,7 @@ class Builder(Generic[In]):
     ) -> Self:
         """Start a run of another workflow and wait for its end; its result is the result.
 
-        - `workflow`: a name, a Workflow (in its version), or a function of the context that gives either.
+        - `workflow`: a name, a workflow of either kind (in its version), or a function of the context that gives either.
         - `version`: default: the one defined last.
         - `map_input(ctx)` gives the child's input. Default: the run's own input.
         - `compensate`: whether a completed child is rolled back, through its own journal, when this run is.
@@ -327,11 +327,12 @@ class Builder(Generic[In]):
         where = self._open(name)
         refuse_unknown(where, unknown, ("version", "map_input", "compensate"))
         target: str | Work
-        if isinstance(workflow, Builder | Workflow):
-            target, own_version = workflow.name, workflow.version
+        if isinstance(named := _child(workflow), tuple):
+            target, own_version = named
         elif isinstance(workflow, str):
             target, own_version = check_name(workflow, where=where, what="the child workflow's name"), None
         else:
+            assert not isinstance(workflow, Builder | Workflow)
             check_handler(workflow, where=where, what="the child workflow (a name, a Workflow or a function)")
             target, own_version = make_work(workflow, where=where, result=_CHILD), None
         if version is not None:
@@ -425,7 +426,9 @@ def _literal(value: Any, payload: Schema, where: str) -> str:
 
 
 def _child(value: Any) -> Any:
-    return (value.name, value.version) if isinstance(value, Builder | Workflow) else value
+    """Name and version of a definition, of whichever kind: a function's knows its Workflow as a Builder does."""
+    known = isinstance(value, Builder | Workflow) or isinstance(getattr(value, "workflow", None), Workflow)
+    return (value.name, value.version) if known else value
 
 
 _CHILD = Schema(str | tuple[str, str], prepare=_child)

@@ -1,11 +1,12 @@
 """What a workflow is made of: frozen values, without behaviour.
 
-Every function that a user hands in becomes a :class:`Work`: the function, and how it is to be run.
+Every function that a user hands in becomes a :class:`Work`: the function, and how it is to be run. A workflow is either
+a list of nodes (made by ``define/builder.py``) or a body (``define/function.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
@@ -115,7 +116,12 @@ class Workflow:
 
     name: str
     version: str
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...] = ()
     input: Schema = ANY
     result: Work | None = None  # None: {node: result}
     place: str = ""
+    body: Callable[..., Coroutine[Any, Any, Any]] | None = None  # of a function: it has no nodes
+    output: Schema = ANY  # what the body returns
+    takes_input: bool = True
+    cleans_up: bool = False  # the body has something to do when it is canceled
+    cancel_timeout: float = 30.0  # seconds that it has for that

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -254,6 +255,13 @@ def name_of(handler: Any) -> str:
     return type(handler).__name__
 
 
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Whether calling `fn` gives a coroutine: async functions, partials and methods of them, async ``__call__``."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
+
+
 def checked_seconds(value: Any, where: str, *, zero: bool = True) -> float:
     """`value`, seconds or a timedelta, as finite seconds that are not negative. Raises DefinitionError."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
@@ -283,7 +291,7 @@ def _retry(value: Any, where: str) -> Retry:
 def _compensate(value: Any, where: str) -> Callable[..., Any] | None:
     if value is None:
         return None
-    check_handler(value, where=where, what="the compensator")
+    check_callable(value, where=where, what="the compensator")  # what it is called with, its workflow says
     if options_of(value).compensate not in (None, UNSET):
         raise DefinitionError(f"{where}: the compensator {name_of(value)} has a compensate= of its own, never used")
     return value  # type: ignore[no-any-return]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from durable.define.builder import Builder
+from durable.define.function import WorkflowFunction
 from durable.define.nodes import Workflow
 from durable.errors import DefinitionError, WorkflowNotRegistered
+
+AnyWorkflow: TypeAlias = Builder[Any] | WorkflowFunction[Any, Any] | Workflow
+"""A definition, as people hold it in their hands."""
 
 
 class Registry:
@@ -17,16 +21,16 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], Builder[Any] | Workflow] = {}
+        self._entries: dict[tuple[str, str], AnyWorkflow] = {}
         self._latest: dict[str, str] = {}
 
-    def add(self, workflow: Builder[Any] | Workflow) -> None:
+    def add(self, workflow: AnyWorkflow) -> None:
         """Make a workflow known; adding the same object again changes nothing.
 
         Raises DefinitionError if another one has its name and version, naming both places.
         """
-        if not isinstance(workflow, Builder | Workflow):
-            raise DefinitionError(f"{workflow!r} is no workflow: register what define() returned")
+        if not isinstance(workflow, Builder | WorkflowFunction | Workflow):
+            raise DefinitionError(f"{workflow!r} is no workflow: register what define() or @workflow made")
         key = workflow.name, workflow.version
         existing = self._entries.get(key)
         if existing is None:
@@ -42,7 +46,7 @@ class Registry:
     def find(self, name: str, version: str) -> Workflow | None:
         """The workflow of this name and version, if it is known. Raises DefinitionError if it has no nodes."""
         entry = self._entries.get((name, version))
-        return entry.workflow if isinstance(entry, Builder) else entry
+        return entry if isinstance(entry, Workflow) or entry is None else entry.workflow
 
     def latest(self, name: str) -> Workflow | None:
         """The version of `name` that was added last, if there is one."""
@@ -77,8 +81,12 @@ class Registry:
         return len(self._entries)
 
 
-def _same(one: Builder[Any] | Workflow, other: Builder[Any] | Workflow) -> bool:
+def _same(one: AnyWorkflow, other: AnyWorkflow) -> bool:
     if one is other:
         return True
-    built = [w.workflow if isinstance(w, Builder) and w.nodes else w for w in (one, other)]
+    built = [w if isinstance(w, Workflow) or not _is_whole(w) else w.workflow for w in (one, other)]
     return built[0] is built[1]
+
+
+def _is_whole(workflow: Builder[Any] | WorkflowFunction[Any, Any]) -> bool:
+    return isinstance(workflow, WorkflowFunction) or bool(workflow.nodes)

@@ -50,6 +50,8 @@ def load_result(node: Node, text: JsonText) -> Any:
 
 def load_run_result(workflow: Workflow, text: JsonText) -> Any:
     """The result of a run of `workflow`: of its ``result`` function, or ``{node: result}``. Raises PayloadError."""
+    if workflow.body is not None:
+        return workflow.output.load(text)
     if workflow.result is not None:
         return workflow.result.result.load(text)
     results = ANY.load(text)

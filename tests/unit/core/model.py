@@ -5,10 +5,15 @@ would wake it there: a continuation of its revision, a doorbell for a message th
 wake-up is a run that rests although `plan` has something to do; `World.drain` ends with that check.
 
 User code is called by the engine's own scripts, without its event loop. It is no database: nothing runs at once.
+
+Functions have bodies: with `keeps`, a worker keeps them from one transition to the next, as the engine does; without,
+each decision is made by a replay. Either way every decision is also made by another body, new from the journal, and
+must be the same.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 import uuid
@@ -16,13 +21,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, cast
+from types import SimpleNamespace
+from typing import Any, Final, Literal, TypeAlias, cast
 
 from durable.core import control
 from durable.core.crash import claimed, died
-from durable.core.graph import go_on, plan
-from durable.core.settle import Ended, settle
-from durable.core.state import REQUESTS, Claim, Entry, Message, MessageKind, Run, View
+from durable.core.functions.body import Body
+from durable.core.functions.new import new_body
+from durable.core.plan import go_on, plan
+from durable.core.settle import Ended, defer, settle
+from durable.core.state import REQUESTS, Claim, Entry, Failure, Message, MessageKind, Run, View
 from durable.core.transition import (
     Call,
     ChildStart,
@@ -35,9 +43,11 @@ from durable.core.transition import (
     Outcome,
     Outgoing,
     Purpose,
+    Successor,
     Transition,
 )
 from durable.define.builder import Builder
+from durable.define.function import WorkflowFunction
 from durable.define.payload import ANY
 from durable.define.registry import Registry
 from durable.engine.calls import _iteration, _single, failed_attempt
@@ -53,6 +63,7 @@ ROOM: Final = 3_000
 
 _PLAIN = Payloads()
 _TOP_LEVEL = frozenset({"step", "parallel", "route", "loop", "sleep", "signal", "child"})
+AnyFlow: TypeAlias = Builder[Any] | WorkflowFunction[Any, Any]
 _RUNNABLE = (Status.PENDING, Status.RUNNING, Status.COMPENSATING)
 
 
@@ -74,6 +85,7 @@ class Sim:
     inbox: list[Message] = field(default_factory=list)
     taken: dict[int, str | None] = field(default_factory=dict)
     message_ids: set[str] = field(default_factory=set)
+    replies: dict[int, str] = field(default_factory=dict)
     attempts: list[FailedAttempt] = field(default_factory=list)
     transitions: list[Transition] = field(default_factory=list)
     busy: bool = False  # its row is locked
@@ -189,6 +201,8 @@ class Sim:
         for step_id in transition.forget:
             if self.journal[step_id].status == "failed":
                 del self.journal[step_id]
+        for step_id in transition.prune:
+            self.journal.pop(step_id, None)
         for entry in transition.entries:
             self._write(entry)
         self._take(transition, view)
@@ -197,6 +211,8 @@ class Sim:
         self.transitions.append(transition)
         self._check_row()
         self._check_next(transition, before)
+        if transition.successor is not None:
+            self.world.continue_as(self, transition.successor)
         for message in transition.outgoing:
             self.world.outgoing.append(message)
             self.world.send(message.run_id, message.kind, message.name, message.body, message.id)
@@ -229,15 +245,16 @@ class Sim:
         self.journal[entry.step_id] = replace(entry, seq=self.world.seq)
 
     def _take(self, transition: Transition, view: View | None) -> None:
-        taken = transition.taken or {}
+        taken, replies = transition.taken or {}, transition.replies or {}
         there = {message.seq for message in self.inbox}
-        _holds(set(taken) <= there, "a message is taken once")
+        _holds(set(taken) | set(replies) <= there, "a message is taken once")
         self.taken |= taken
+        self.replies |= replies
         seen = {message.seq for message in view.inbox} if view is not None else set()
         self.inbox = [
             replace(message, fresh=message.fresh and message.seq not in seen)
             for message in self.inbox
-            if message.seq not in taken
+            if message.seq not in taken and message.seq not in replies
         ]
 
     def _check_row(self) -> None:
@@ -276,11 +293,12 @@ class World:
 
     def __init__(
         self,
-        *workflows: Builder[Any],
+        *workflows: AnyFlow,
         max_crashes: int = 5,
         chance: float = 0.5,
         interrupts: bool = True,
         order: Callable[[list[str]], int] = lambda flights: 0,
+        keeps: bool = True,
     ) -> None:
         self.registry = Registry()
         for workflow in workflows:
@@ -288,6 +306,9 @@ class World:
         self.limits = Limits(max_crashes, chance)
         self.interrupts = interrupts  # async handlers: a cancel ends them
         self.order = order  # which of the flights of a claim ends next
+        self.keeps = keeps  # bodies, while the worker lives
+        self.bodies: dict[uuid.UUID, tuple[int, Body]] = {}  # and the revision of their run
+        self.held: list[Body] = []  # those of the transaction that is open
         self.now = START
         self.seq = 0
         self.runs: dict[uuid.UUID, Sim] = {}
@@ -296,12 +317,15 @@ class World:
         self.points = 0
         self.crash_at: set[int] = set()
         self.crashes = 0
+        self.at_point: Callable[[], object] | None = None
+        self.job: Job | None = None  # that is worked on
+        self.effects: list[Callable[[], object]] = []  # of a step that was lent the connection: they go with its entry
 
     # -- what starts and wakes runs
 
     def start(
         self,
-        workflow: str | Builder[Any],
+        workflow: str | AnyFlow,
         input: Any = None,  # noqa: A002  # the facade's word
         *,
         version: str | None = None,
@@ -333,6 +357,19 @@ class World:
             self.jobs.append(Job(run.id, Next.ADVANCE, 0))
         return sim
 
+    def continue_as(self, sim: Sim, successor: Successor) -> None:
+        """Another run goes on in the place of this one, with what nobody has taken."""
+        before = sim.run
+        own = (Status.PENDING, 0, 0, successor.input, "default", self.now)
+        run = Run(successor.id, before.workflow, successor.version, *own)
+        link: dict[str, Any] = {n: getattr(before, n) for n in ("parent_id", "parent_step", "deadline", "key", "tags")}
+        run = replace(run, chain=before.chain or before.id, predecessor=before.id, **link)
+        heir = self._insert(run)
+        handed = [message for message in sim.inbox if message.kind is not MessageKind.CHILD]
+        heir.inbox = [replace(message, fresh=True) for message in handed]
+        heir.message_ids = sim.message_ids
+        sim.inbox = [message for message in sim.inbox if message not in handed]
+
     def child(self, parent: Sim, step: str) -> Sim:
         """The newest child of a step."""
         return [sim for sim in self.runs.values() if sim.run.parent_id == parent.id and sim.run.parent_step == step][-1]
@@ -343,6 +380,8 @@ class World:
         sim = self.runs.get(run_id)
         if sim is None:
             return "unknown"
+        if sim.run.successor is not None and kind is not MessageKind.CHILD:
+            return self.send(sim.run.successor, kind, name, body, id_)
         rollback = sim.status is Status.COMPLETED and kind is MessageKind.ROLLBACK
         if sim.status.ended and not rollback:
             return "duplicate" if id_ in sim.message_ids else "finished"
@@ -351,7 +390,7 @@ class World:
         if id_ is not None:
             sim.message_ids.add(id_)
         self.seq += 1
-        sim.inbox.append(Message(self.seq, kind, name, body, self.now))
+        sim.inbox.append(Message(self.seq, kind, name, body, self.now, id=id_))
         self.jobs.append(Job(run_id, None))
         return "sent"
 
@@ -419,7 +458,7 @@ class World:
         raise AssertionError("it is due for ever")
 
     def _work(self, job: Job) -> None:
-        sim = self.runs[job.run_id]
+        sim, self.job = self.runs[job.run_id], job
         try:
             self._point()
             if job.kind is None:
@@ -427,48 +466,106 @@ class World:
             elif sim.run.revision == job.revision and sim.run.claim is None:
                 self._take_further(sim)
         except Crash:
-            self.crashes += 1
-            sim.busy = False
-            self._take_over(sim, job)
-            self.recover()
+            self.die()
+        self.job = None
+
+    def die(self) -> None:
+        """The worker is gone, with all that it had in its memory, and the sweep finds that out."""
+        assert self.job is not None
+        self.crashes += 1
+        for body in [*self.held, *(body for _, body in self.bodies.values())]:
+            body.close()
+        self.held.clear()
+        self.bodies.clear()
+        sim = self.runs[self.job.run_id]
+        sim.busy = False
+        self._take_over(sim, self.job)
+        self.recover()
 
     def _deliver(self, sim: Sim) -> None:
         if any(message.fresh for message in sim.inbox):
             self._take_further(sim)
 
     def _take_further(self, sim: Sim) -> None:
+        view: View | None = self.lock(sim)
+        while view is not None:
+            match self.plan(view):
+                case Transition() as transition:
+                    return self._commit(sim, transition, view)
+                case Call(claims_first=False) as call:
+                    view = self._execute(sim, view, call)
+                case Call() | Fanout() as work:
+                    return self._own(sim, view, work)
+                case None:
+                    return self._release(sim, view)
+
+    def lock(self, sim: Sim) -> View:
+        """The run, and its body: the one that was kept for this revision, else a new one."""
         view = sim.view
-        match self.plan(view):
-            case Transition() as transition:
-                self._commit(sim, transition, view)
-            case Call(claims_first=False) as call:
-                self._execute(sim, view, call)
-            case Call() | Fanout() as work:
-                self._own(sim, view, work)
-            case None:
-                sim.inbox = [replace(message, fresh=False) for message in sim.inbox]
+        if view.workflow is None or view.workflow.body is None:
+            return view
+        revision, body = self.bodies.pop(sim.id, (None, None))
+        if body is None or revision != sim.run.revision:
+            if body is not None:
+                body.close()
+            body = new_body(view.workflow, view.run, view.registry)
+        self.held.append(body)
+        return replace(view, body=body)
+
+    def _let_go(self, sim: Sim, body: Body | None, *, keep: bool) -> None:
+        if body is None:
+            return
+        self.held.remove(body)
+        if keep and self.keeps and not body.stale:
+            self.bodies[sim.id] = sim.run.revision, body
+        else:
+            body.close()
+
+    def _release(self, sim: Sim, view: View) -> None:
+        """There was nothing to do."""
+        sim.inbox = [replace(message, fresh=False) for message in sim.inbox]
+        self._let_go(sim, view.body, keep=view.body is not None and not view.body.deferred)
 
     def plan(self, view: View, running: frozenset[str] = frozenset()) -> Decision:
+        """What is to be done; the same question has the same answer, also by a body that is new."""
         decided = plan(view, self.now, self.limits, running)
-        assert plan(view, self.now, self.limits, running) == decided, "the same question has the same answer"
+        if view.body is None:
+            assert plan(view, self.now, self.limits, running) == decided
+        elif not view.body.deferred:
+            assert view.workflow is not None
+            fresh = new_body(view.workflow, view.run, view.registry)
+            again = plan(replace(view, body=fresh), self.now, self.limits, running)
+            fresh.close()
+            assert _told(again) == _told(decided), "a replay decides what the body decides that was kept"
         return decided
 
     def _commit(self, sim: Sim, transition: Transition, view: View) -> None:
         self._point()
         sim.apply(transition, view)
+        for effect in self.effects:
+            effect()
+        self.effects.clear()
+        ends = transition.forget or transition.after.status.ended or transition.after.ending is not None
+        if view.body is not None:
+            view.body.written(transition.entries, transition.prune)
+        self._let_go(sim, view.body, keep=not ends)
         self._point()
 
-    def _execute(self, sim: Sim, view: View, call: Call) -> None:
+    def _execute(self, sim: Sim, view: View, call: Call) -> View | None:
+        """Under the lock. With an ephemeral step the lock goes on, and its entry is not written yet."""
         started = self.now
         with self._locked(sim):
             outcome = self.call(call, view)
             self._point()
             ended = Ended(call, outcome, started, self.now)
+            if (deferred := defer(view, ended)) is not None:
+                return deferred
             transition = settle(view, ended, self.limits)
             if transition.ends:
                 view = replace(view, inbox=tuple(sim.inbox))
                 transition = settle(view, ended, self.limits)
             self._commit(sim, transition, view)
+            return None
 
     @contextmanager
     def _locked(self, sim: Sim) -> Iterator[None]:
@@ -484,26 +581,31 @@ class World:
         self._commit(sim, claimed(view, self.now, claim, work.calls), view)
         flights = {call.step_id: (call, sim.view, self.now) for call in work.calls}
         while sim.run.claim == claim:
-            view = sim.view
+            view = self.lock(sim)
             match self.plan(view, frozenset(flights)):
                 case Transition() as transition:
                     self._commit(sim, transition, view)
+                case Call() if not flights:  # what was side by side has ended: it goes on as any other run
+                    self._commit(sim, go_on(view, self.now), view)
                 case Call() | Fanout() as more:
                     self._commit(sim, claimed(view, self.now, claim, more.calls), view)
                     flights |= {call.step_id: (call, sim.view, self.now) for call in more.calls}
                 case None:
                     assert flights, "an owner with nothing to do lets go"
+                    self._release(sim, view)
                     step_id = list(flights)[self.order(list(flights))]
                     self._land(sim, claim, *flights[step_id])
                     del flights[step_id]
 
     def _land(self, sim: Sim, claim: Claim, call: Call, view: View, started: datetime) -> None:
-        canceled = sim.run.ending is not None and sim.status is not Status.COMPENSATING
+        lost = call.step_id not in sim.run.frame  # its branch lost a race
+        canceled = lost or (sim.run.ending is not None and sim.status is not Status.COMPENSATING)
         outcome: Outcome = Interrupted("cancel") if canceled and self.interrupts else self.call(call, view)
         self._point()
-        if sim.run.claim != claim:
+        if sim.run.claim != claim or lost:
+            self.effects.clear()
             return  # discarded
-        view = sim.view
+        view = self.lock(sim)
         self._commit(sim, settle(view, Ended(call, outcome, started, self.now), self.limits), view)
 
     def _take_over(self, sim: Sim, job: Job) -> None:
@@ -524,8 +626,11 @@ class World:
 
     def call(self, call: Call, view: View) -> Outcome:
         """Run one attempt."""
+        self.effects.clear()
         self._point()
-        ctx: StepContext[Any] = StepContext(call, view, lending=cast(Any, None), cancelled=threading.Event())
+        ctx: StepContext[Any] = StepContext(
+            call, view, lending=cast(Any, _Lending()), cancelled=threading.Event(), app=_App(self)
+        )
         limits = [call.work.timeout] if call.work.timeout is not None else []
         if call.deadline is not None:
             limits.append(max(0.0, (call.deadline - self.now).total_seconds()))
@@ -542,6 +647,8 @@ class World:
 
     def _point(self) -> None:
         self.points += 1
+        if self.at_point is not None:
+            self.at_point()
         if self.points in self.crash_at:
             raise Crash
 
@@ -562,17 +669,19 @@ class World:
 
     def check_invariants(self, sim: Sim) -> None:
         run, journal = sim.run, sim.journal.values()
+        function = sim.view.workflow is not None and sim.view.workflow.body is not None
         top = [e for e in journal if e.parent is None and e.kind.value in _TOP_LEVEL and e.status == "completed"]
         undoes = run.status in (Status.COMPENSATING, Status.FAILED, Status.CANCELED)
         late = 1 if undoes else 0  # a child that ended when its end was not wanted any more
-        assert run.current_step <= len(top) <= run.current_step + late, "the cursor counts the nodes that were passed"
+        passed = function or run.current_step <= len(top) <= run.current_step + late
+        assert passed, "the cursor counts the nodes that were passed"
         if run.status.ended:
             assert not run.frame, "terminal: nothing pending"
             assert run.claim is None
             assert not run.pausing
-        undone = [key.removeprefix("undo:") for key in sim.journal if key.startswith("undo:")]
-        seqs = [sim.journal[key].seq for key in undone]
-        assert seqs == sorted(seqs, reverse=True), "undone in reverse order"
+        for undone in _rollbacks(sim):
+            seqs = [sim.journal[key].seq for key in undone]
+            assert seqs == sorted(seqs, reverse=True), "undone in reverse order"
         if run.status is Status.SUSPENDED:
             awaits = run.waiting_for not in (WaitingFor.RETRY, WaitingFor.SLEEP, WaitingFor.START)
             assert run.wake_at is not None or awaits, "it waits for a time, or for a message or a person"
@@ -584,13 +693,83 @@ def _play(call: Call, ctx: StepContext[Any]) -> Outcome:
     try:
         ask = next(script)
         while True:
-            ask = script.send(ask.fn(*ask.args))
+            answer = ask.fn(*ask.args)
+            ask = script.send(_awaited(answer) if inspect.iscoroutine(answer) else answer)
     except StopIteration as done:
         return cast(Outcome, done.value)
     except Crash:
         raise
     except BaseException as error:
         return failed_attempt(call, error)
+
+
+def _awaited(coroutine: Any) -> Any:
+    """What an async handler returns; it awaits nothing but what is there at once."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it waits for something")
+
+
+class _Lending:
+    async def async_connection(self) -> None:
+        """The run's own transaction: what is done by it is in `World.effects`."""
+
+
+class _App:
+    """What ``ctx.start`` and ``ctx.send`` ask of the app: done with the step's own entry, or not at all."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    async def start(self, workflow: str, given: Any, *, version: str | None, id: uuid.UUID, **_: None) -> Any:  # noqa: A002
+        world = self._world
+        definition = world.registry.require(workflow, version)
+        text = definition.input.dump(given)
+        run = Run(id, workflow, definition.version, Status.PENDING, 0, 0, text, "default", world.now)
+        assert id not in world.runs, "it is started once"
+        world.effects.append(lambda: world._insert(run))
+        return SimpleNamespace(id=id)
+
+    async def signal(self, run_id: Any, name: str, payload: Any, *, id: str, connection: None) -> bool:  # noqa: A002
+        world, to = self._world, uuid.UUID(str(run_id))
+        world.effects.append(lambda: world.send(to, MessageKind.SIGNAL, name, ANY.dump(payload), id))
+        return not world.runs[to].status.ended
+
+
+def _rollbacks(sim: Sim) -> list[list[str]]:
+    """What each rollback of a run has undone, in that order."""
+    found: list[list[str]] = [[]]
+    for entry in sorted(sim.journal.values(), key=lambda entry: entry.seq):
+        if entry.kind.value == "rollback":
+            found.append([])
+        elif entry.kind.value == "undo":
+            found[-1].append(entry.step_id.removeprefix("undo:"))
+    return found
+
+
+def _told(decided: Decision) -> Any:
+    """A decision as what can be compared: functions and tracebacks of two bodies are not the same."""
+    match decided:
+        case Transition():
+            entries = [replace(e, error=_without_traceback(e.error)) for e in decided.entries]
+            attempts = [replace(a, error=_without_traceback(a.error)) for a in decided.attempts]
+            after = replace(decided.after, error=_without_traceback(decided.after.error))
+            if after.ending is not None:
+                after = replace(after, ending=replace(after.ending, error=_without_traceback(after.ending.error)))
+            outgoing = [replace(m, body=None) for m in decided.outgoing]
+            return replace(
+                decided, after=after, entries=tuple(entries), attempts=tuple(attempts), outgoing=tuple(outgoing)
+            )
+        case Call() | Fanout():
+            return [replace(call, work=cast(Any, None)) for call in decided.calls]
+        case None:
+            return None
+
+
+def _without_traceback(failure: Failure | None) -> Failure | None:
+    return None if failure is None else replace(failure, traceback=None)
 
 
 def _holds(fact: bool, what: str) -> None:

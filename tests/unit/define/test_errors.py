@@ -35,6 +35,8 @@ EXAMPLES: list[errors.DurableError] = [
     errors.SignalTimeout("approval", step="wait", timeout=60.0),
     errors.ChildFailed(step="c", run_id="43", status="canceled", error=FAILURE, child="rollout"),
     errors.JoinFailed("p", {"a": FAILURE, "b": FAILURE}),
+    errors.RaceFailed("p", {"a": FAILURE, "b": FAILURE}),
+    errors.RequestTimeout("quote", run_id="42", timeout=5.0, workflow="w"),
     errors.RunFailed("42", FAILURE, ["reserve"], workflow="w"),
     errors.RunCanceled("too late", run_id="42"),
     errors.NonRetryable("no", 1),

@@ -1,0 +1,37 @@
+"""What a coroutine of a body is sent, and what it comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from durable.core.state import Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """It returned this; or is to be sent it."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """It raised this; or this is to be raised in it."""
+
+    error: BaseException
+
+
+Answer: TypeAlias = Returned | Raised
+
+
+class Diverged(Exception):
+    """Journal and code disagree. Never raised into a body: it ends the drive, and the run is parked for a person."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.message)
+
+
+class Stuck(BaseException):
+    """Raised from outside in a body that runs on without awaiting anything."""

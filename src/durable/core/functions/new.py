@@ -1,0 +1,24 @@
+"""Bodies, put together: what drives a coroutine, and what the coroutine is given."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from durable.core.functions.body import Body
+from durable.core.functions.context import Context
+from durable.core.state import Run
+from durable.define.nodes import Workflow
+from durable.define.registry import Registry
+
+
+def new_body(
+    workflow: Workflow,
+    run: Run,
+    registry: Registry,
+    guard: AbstractContextManager[Any] | None = None,
+    *,
+    undoing: bool = False,
+) -> Body:
+    """The body of `run`, not driven yet. See :class:`Body`."""
+    return Body(workflow, run, registry, Context, guard, undoing=undoing)
