@@ -19,7 +19,7 @@ from procrastinate.jobs import Job
 from psycopg.rows import dict_row
 
 from durable import AsyncDurable
-from durable.define.builder import Builder
+from durable.define.registry import AnyWorkflow
 from durable.engine import recover
 from durable.engine.advance import advance
 from durable.engine.compensate import compensate
@@ -296,13 +296,13 @@ async def bench(app: AsyncDurable, *, concurrency: int = 20) -> AsyncIterator[Be
             await asyncio.gather(*made.tasks, return_exceptions=True)
 
 
-def an_app(dsn: str, *workflows: Builder[Any], **arguments: Any) -> AsyncDurable:
+def an_app(dsn: str, *workflows: AnyWorkflow, **arguments: Any) -> AsyncDurable:
     """By default no step is detached by the clock."""
     return AsyncDurable(dsn, workflows=workflows, **{"detach_after": 1_000.0, **arguments})
 
 
 @asynccontextmanager
-async def working(dsn: str, *workflows: Builder[Any], concurrency: int = 20, **arguments: Any) -> AsyncIterator[Bench]:
+async def working(dsn: str, *workflows: AnyWorkflow, concurrency: int = 20, **arguments: Any) -> AsyncIterator[Bench]:
     """A bench of an app of its own."""
     async with an_app(dsn, *workflows, **arguments) as app, bench(app, concurrency=concurrency) as made:
         yield made

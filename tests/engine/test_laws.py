@@ -14,7 +14,7 @@ import pytest
 from tests.engine.kit import Bench, Ctx, Facts, soon, until, working
 
 from durable import define
-from durable.core.graph import go_on
+from durable.core.plan import go_on
 from durable.engine import engine as engine_module
 from durable.engine import recover
 from durable.engine.hold import take

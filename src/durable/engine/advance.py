@@ -11,13 +11,14 @@ commits a claim instead, and `claims.py` goes on without holding the row.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from typing import TYPE_CHECKING
 
 from durable.core.crash import postponed
-from durable.core.graph import plan
-from durable.core.settle import settle
+from durable.core.plan import plan
+from durable.core.settle import defer, settle
 from durable.core.transition import Call, Fanout, Next, Transition
 from durable.engine import claims
 from durable.engine.flight import Flight
@@ -39,22 +40,39 @@ async def advance(engine: Engine, run_id: uuid.UUID, revision: int) -> None:
 
 async def continue_run(engine: Engine, run_id: uuid.UUID, revision: int, kind: Next) -> None:
     """Take the run at `revision` further, forward or back."""
+    parked = await continue_burst(engine, run_id, revision, kind)
+    await after_naps(engine, parked)
+
+
+async def after_naps(engine: Engine, parked: Transition | None) -> None:
+    """A run that goes on in a moment needs no job for that."""
+    while parked is not None and (seconds := engine.nap(parked)) is not None:
+        await asyncio.sleep(seconds)
+        after = parked.after
+        parked = await continue_burst(engine, after.id, after.revision, Next.of(after.status))
+
+
+async def continue_burst(engine: Engine, run_id: uuid.UUID, revision: int, kind: Next) -> Transition | None:
+    """Lock the run and take it as far as it goes; what was written last."""
     engine.at(Point.BEFORE_LOCK, "-")
     async with engine.slots.one() as slot:
         try:
             hold = await take(engine, run_id)
         except RowBusy:  # whoever holds the row may end without moving the run on
-            return await engine.enqueue_later(run_id, revision, kind)
+            await engine.enqueue_later(run_id, revision, kind)
+            return None
         if hold is None:
-            return
+            return None
         if hold.view.run.revision != revision or hold.view.run.claim is not None:
             await hold.drop()  # not planned: what is new in the inbox stays new
-            return
-        await burst(engine, hold, slot, kind)
+            return None
+        return await burst(engine, hold, slot, kind)
 
 
-async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> None:
-    """Step after step, each its own transaction, until the run parks, ends, is claimed, or others have their turn."""
+async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> Transition | None:
+    """Step after step, each its own transaction, until the run parks, ends, is claimed, or others have their turn.
+
+    Returns the transition that was written last, if it was this burst that wrote it."""
     budget = Budget(engine, kind)
     while hold is not None:
         async with hold:
@@ -70,6 +88,7 @@ async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> No
                             hold = await hold.write(postponed(hold.view, hold.now, work, SUSPECT_RETRY))
                 case None:
                     hold = await hold.release()
+    return budget.last
 
 
 async def execute(engine: Engine, hold: Hold, work: Call | Fanout, slot: Slot, budget: Budget) -> Hold | None:
@@ -90,9 +109,10 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
     if flight.lost is not None:
         return await claims.record_anew(engine, hold.view, flight, flight.lost)
     try:
+        if (deferred := defer(hold.view, ended)) is not None:
+            return hold.defer(deferred)
         transition = settle(hold.view, ended, engine.limits())
-        if transition.ends:  # a pause or cancel that came during the last step must not be overlooked
-            await hold.read_inbox()
+        if transition.ends and await hold.read_inbox():  # a pause or cancel during the last step is not overlooked
             transition = settle(hold.view, ended, engine.limits())
         return await write(hold, transition, budget)
     except engine.DATABASE_ERRORS as error:
@@ -102,6 +122,7 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
 
 async def write(hold: Hold, transition: Transition, budget: Budget) -> Hold | None:
     """Commit a transition, and lock the run again if this job goes on with it."""
+    budget.last = transition
     return await hold.write_and_lock(transition) if budget.allows(transition) else await hold.write(transition)
 
 
@@ -112,6 +133,7 @@ class Budget:
         self._engine, self._kind = engine, kind
         self._steps = engine.options.burst_steps
         self._until = time.monotonic() + engine.options.burst_seconds
+        self.last: Transition | None = None  # that was written
 
     def allows(self, transition: Transition) -> bool:
         """Whether the job that decided `transition` takes the next step as well."""

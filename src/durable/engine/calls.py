@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg.pq import TransactionStatus
 
-from durable.core.state import Failure, View
+from durable.core.failures import brief, failure_of
+from durable.core.state import View
 from durable.core.transition import Call, Failed, Iterated, Outcome, Purpose, Succeeded, Suspended
 from durable.define.nodes import Loop
 from durable.define.payload import LOOSE, Schema
@@ -29,14 +27,12 @@ from durable.engine.borrow import SAVEPOINT, Engines, Lender, Loan, settle_lent
 from durable.engine.context import Flag, Progress, StepContext
 from durable.engine.invoke import Ask, Interruption, Raised, Returned, Script, Threads, play
 from durable.errors import LoopLimitExceeded, NonRetryable, PayloadError, StepTimeout
-from durable.values import JsonText, Suspend
+from durable.values import JsonText, Rollback, Suspend
 
 LENT_LIMIT: Final = 30.0
 """Seconds that a handler may go on once it holds the run's transaction."""
 RERUNS: Final = 3
 """How often an attempt that was the victim of a deadlock or a serialization failure is run again, uncounted."""
-MESSAGE_LIMIT: Final = 10_000
-TRACEBACK_LIMIT: Final = 20_000
 
 _RERUN_STATES = frozenset({"40P01", "40001"})
 _GONE_SAVEPOINT = "3B001"
@@ -431,7 +427,9 @@ def failed_attempt(call: Call, error: BaseException, kind: str | None = None) ->
     """`error` as a failed attempt of `call`. Asks the work's Retry whether, and a backoff function of the user's when,
     to try again; never raises, whatever the exception's own methods do."""
     kind = kind or _kind(error)
-    failure = failure_of(error, kind, call)
+    failure = failure_of(error, kind, call.step_id, call.attempt)
+    if isinstance(error, Rollback):
+        return Failed(replace(failure, details={"to": error.to}), retryable=False)
     if kind == "critical" or not call.work.retry.takes(error):
         return Failed(failure, retryable=False)
     if call.work.retry.exhausted(call.attempt):
@@ -439,82 +437,15 @@ def failed_attempt(call: Call, error: BaseException, kind: str | None = None) ->
     try:
         return Failed(failure, retryable=True, delay=call.work.retry.custom_delay(call.attempt))
     except BaseException as wrong:
-        details = {**(failure.details or {}), "backoff": _brief(wrong)}
+        details = {**(failure.details or {}), "backoff": brief(wrong)}
         return Failed(replace(failure, details=details), retryable=False)
 
 
 def _kind(error: BaseException) -> str:
+    if isinstance(error, Rollback):
+        return "rollback"
     critical = isinstance(error, NonRetryable | PayloadError | LoopLimitExceeded) or not isinstance(error, Exception)
     return "critical" if critical else "error"
-
-
-def failure_of(error: BaseException, kind: str, call: Call) -> Failure:
-    """`error` as the journal keeps it: any text in it is storable, and of a sane length."""
-    return Failure(
-        type=_type_name(error),
-        message=_message(error),
-        kind=kind,
-        step=call.step_id,
-        attempts=call.attempt,
-        traceback=_traceback(error),
-        details=_details(error),
-    )
-
-
-def _type_name(error: BaseException) -> str:
-    cls = type(error)
-    return _safe(f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins."), 500)
-
-
-def _message(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except BaseException as wrong:
-        text = f"<the message can't be printed: {type(wrong).__name__} in __str__>"
-    return _safe(text, MESSAGE_LIMIT)
-
-
-def _brief(error: BaseException) -> dict[str, str]:
-    return {"type": _type_name(error), "message": _message(error)}
-
-
-def _details(error: BaseException) -> Mapping[str, Any] | None:
-    details: dict[str, Any] = {}
-    notes = getattr(error, "__notes__", None)
-    if isinstance(notes, list | tuple) and notes:
-        details["notes"] = [_safe(note, MESSAGE_LIMIT) for note in notes[:20] if isinstance(note, str)]
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if cause is not None:
-        details["cause"] = _brief(cause)
-    return details or None
-
-
-def _traceback(error: BaseException) -> str | None:
-    """Formatted from the first frame that is the user's."""
-    try:
-        lines = traceback.format_exception(type(error), error, _users_frames(error.__traceback__), limit=-50)
-        text = "".join(lines)
-    except BaseException as wrong:
-        text = f"<the traceback can't be printed: {type(wrong).__name__}>"
-    return _safe(text, TRACEBACK_LIMIT, tail=True)
-
-
-_ENGINE = str(Path(__file__).parent)
-
-
-def _users_frames(trace: TracebackType | None) -> TracebackType | None:
-    first = trace
-    while first is not None and first.tb_frame.f_code.co_filename.startswith(_ENGINE):
-        first = first.tb_next
-    return first or trace
-
-
-def _safe(text: str, limit: int, *, tail: bool = False) -> str:
-    """Text that PostgreSQL and JSON take: no NUL, no lone surrogate, at most about `limit` characters."""
-    if len(text) > limit:
-        cut = f"{len(text) - limit:,} characters cut"
-        text = f"[{cut}] ...{text[-limit:]}" if tail else f"{text[:limit]}... [{cut}]"
-    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def _aborted(last: psycopg.Error | None) -> psycopg.Error:

@@ -14,12 +14,12 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
 from durable.core.crash import claimed
-from durable.core.graph import go_on as go_on_by_queue
-from durable.core.graph import plan
+from durable.core.plan import go_on as go_on_by_queue
+from durable.core.plan import plan
 from durable.core.settle import Ended, settle
 from durable.core.state import View
 from durable.core.transition import Call, Fanout, Next, Transition
-from durable.engine.flight import ClaimLock, ClaimLost, Flight, without_transaction
+from durable.engine.flight import ClaimLock, ClaimLost, Discarded, Flight, is_running, without_transaction
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
 from durable.values import Status
@@ -69,9 +69,11 @@ class Claimed:
         self._news.set()
 
     def start(self, taken: Transition, view: View, calls: tuple[Call, ...]) -> None:
-        """Set off the calls of a claim that has been committed."""
+        """Set off the calls of a claim that has been committed. What sleeps beside them is looked at when it is due."""
+        view = replace(view, run=taken.after)
         for call in calls:
-            self.adopt(Flight(self._engine, replace(view, run=taken.after), call, None, self._lock))
+            self.adopt(Flight(self._engine, view, call, None, self._lock))
+        self._next_due = _seconds_to_next(view, self._engine.now())
 
     def adopt(self, flight: Flight) -> None:
         self._flights[flight.call.step_id] = flight
@@ -120,8 +122,8 @@ class Claimed:
         match plan(view, now, self._engine.limits(), frozenset(self._flights)):
             case Transition() as transition:
                 return await self._write(hold, transition)
-            case Call() as call if not self._engine.stopping:
-                return await self._launch(hold, (call,))
+            case Call() if not self._flights:  # what was side by side has ended: it goes on as any other run
+                return await self._write(hold, go_on_by_queue(view, now))
             case Fanout(calls) if not self._engine.stopping:
                 return await self._launch(hold, calls)
             case _:
@@ -132,10 +134,18 @@ class Claimed:
         if transition.after.claim != self._lock.claim:
             self._over = True
             return await hold.write(transition)
+        self._end_discarded(transition)
         following = await hold.write_and_lock(transition)
         if following is None:
             self._news.set()  # somebody else had the row in between: look again
         return following
+
+    def _end_discarded(self, transition: Transition) -> None:
+        """Branches that lost a race: their handlers see it."""
+        for step_id, flight in self._flights.items():
+            begun = transition.after.frame.get(step_id)
+            if begun is None or not begun.running:
+                flight.interrupt("cancel")
 
     async def _launch(self, hold: Hold, calls: tuple[Call, ...]) -> Hold | None:
         view = hold.view
@@ -152,7 +162,7 @@ class Claimed:
             await self._write_outcome(flight, ended)
         except ClaimLost as error:
             log.warning("%s: what its handler did is discarded", error)
-            self._over = True
+            self._over = self._over or not isinstance(error, Discarded)
         finally:
             del self._flights[flight.call.step_id]
             self._news.set()
@@ -176,7 +186,7 @@ class Claimed:
                 hold = await self._engine.take_claimed(self._lock)
                 if hold is None:
                     raise ClaimLost(f"run {self._lock.run_id}: the claim on it has ended")
-                if not _is_running(hold.view, flight.call):
+                if not is_running(hold.view, flight.call):
                     await hold.drop()
                     return
                 with self._engine.database_errors_only():
@@ -185,8 +195,7 @@ class Claimed:
 
     async def _settle(self, hold: Hold, ended: Ended) -> None:
         transition = settle(hold.view, ended, self._engine.limits())
-        if transition.ends:
-            await hold.read_inbox()
+        if transition.ends and await hold.read_inbox():
             transition = settle(hold.view, ended, self._engine.limits())
         if transition.next is None and _parks(transition) and any(message.fresh for message in hold.view.inbox):
             transition = replace(transition, next=Next.of(transition.after.status))  # nobody has planned with these yet
@@ -230,6 +239,7 @@ async def record_anew(engine: Engine, view: View, flight: Flight, error: Excepti
             if hold.view.run.revision != view.run.revision:
                 await hold.drop()
                 return None
+            hold.take_over(view, ended.call.step_id)
             return await hold.write(settle(hold.view, ended, engine.limits()), planned=False)
     log.error(
         "run %s: the outcome of %r could not be written; recovery puts the run back", view.run.id, ended.call.step_id
@@ -241,12 +251,6 @@ def _parks(transition: Transition) -> bool:
     return transition.after.claim is None and transition.after.waiting_for is not None
 
 
-def _is_running(view: View, call: Call) -> bool:
-    """False if an uncertain COMMIT of this outcome did go through."""
-    begun = view.run.frame.get(call.step_id)
-    return begun is not None and begun.running
-
-
 def _seconds_to_next(view: View, now: datetime) -> float | None:
-    due = [begun.due for begun in view.run.frame.values() if begun.due is not None]
+    due = [time for begun in view.run.frame.values() for time in (begun.due, begun.deadline) if time is not None]
     return max((min(due) - now).total_seconds(), 0.0) if due else None

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
-from durable.core.results import Results, node_of, schema_of
+from durable.core.results import Results, node_of
 from durable.core.state import View
 from durable.core.transition import Call
 from durable.define.nodes import Loop
@@ -121,7 +121,7 @@ class StepContext(Generic[Input]):
     @property
     def output(self) -> Any:
         """In a compensator: what the step returned that it undoes, as that step's declared type; else None."""
-        return self._load("output", schema_of(self._view.workflow, self._call.undoes or ""), self._call.output)
+        return self._load("output", self._call.output_type, self._call.output)
 
     @property
     def cancelled(self) -> bool:

@@ -10,8 +10,8 @@ import uuid
 from typing import TYPE_CHECKING
 
 from durable.core import control
-from durable.core.transition import Next
-from durable.engine.advance import burst
+from durable.core.transition import Next, Transition
+from durable.engine.advance import after_naps, burst
 from durable.engine.hold import Hold, take
 from durable.engine.points import Point
 from durable.engine.slots import Slot
@@ -30,18 +30,24 @@ async def deliver(engine: Engine, run_id: uuid.UUID) -> None:
             hold = await take(engine, run_id)
         except RowBusy:
             return await engine.ring_later(run_id)
-        if hold is not None:
-            await _deliver(engine, hold, slot)
+        if hold is None:
+            return
+        parked = await _deliver(engine, hold, slot)
+    await after_naps(engine, parked)
 
 
-async def _deliver(engine: Engine, hold: Hold, slot: Slot) -> None:
+async def _deliver(engine: Engine, hold: Hold, slot: Slot) -> Transition | None:
+    if hold.view.run.successor is not None:
+        await hold.forward()
+        return None
     if not any(message.fresh for message in hold.view.inbox):
         await hold.drop()
-        return
+        return None
     if hold.view.run.claim is not None:
-        return await _tell_owner(engine, hold)
+        await _tell_owner(engine, hold)
+        return None
     compensating = hold.view.run.status is Status.COMPENSATING
-    await burst(engine, hold, slot, Next.COMPENSATE if compensating else Next.ADVANCE)
+    return await burst(engine, hold, slot, Next.COMPENSATE if compensating else Next.ADVANCE)
 
 
 async def _tell_owner(engine: Engine, hold: Hold) -> None:

@@ -19,6 +19,9 @@ from psycopg_pool import PoolTimeout
 
 from durable.core.transition import Limits, Next, Transition
 from durable.define.registry import Registry
+from durable.engine.bodies import Bodies
+from durable.engine.guard import Guard
+from durable.engine.hooks import Hooks
 from durable.engine.points import Hook, Point, nothing
 from durable.store import jobs, nudges
 from durable.store.db import Pool, Store
@@ -45,9 +48,19 @@ class Desk:
     """What never fails a run: the transaction is run again, or recovery puts the run back."""
 
     def __init__(
-        self, store: Store, registry: Registry, pool: Pool, *, max_crashes: int = 5, at: Hook = nothing
+        self,
+        store: Store,
+        registry: Registry,
+        pool: Pool,
+        *,
+        hooks: Hooks | None = None,
+        max_crashes: int = 5,
+        at: Hook = nothing,
     ) -> None:
         self.store, self.registry, self.pool, self.at = store, registry, pool, at
+        self.hooks = hooks if hooks is not None else Hooks()
+        self.guard = Guard()
+        self.bodies = Bodies(0)
         self._max_crashes = max_crashes
         self._clock: tuple[datetime, float] = (datetime.now(UTC), time.monotonic())
 

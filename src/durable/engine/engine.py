@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any, Final
 from durable.core.state import Claim
 from durable.core.transition import Purpose, Transition
 from durable.define.registry import Registry
+from durable.engine.bodies import Bodies
 from durable.engine.calls import Caller
+from durable.engine.deliverer import Deliverer
 from durable.engine.desk import Desk
 from durable.engine.hold import Hold, take
+from durable.engine.hooks import Hooks
 from durable.engine.points import Hook, nothing
 from durable.engine.slots import Slots
 from durable.engine.suspects import Suspects
 from durable.store import nudges
 from durable.store.db import Store
+from durable.values import WaitingFor
 
 if TYPE_CHECKING:
     from durable.engine.claims import Claimed
@@ -38,6 +42,8 @@ REPORT_EVERY: Final = 0.5
 """Seconds between two looks at what executing steps say of themselves."""
 ALARM_HORIZON: Final = timedelta(seconds=5)
 """Timers that fall due sooner get an alarm in this process; the timer loop finds the others in the table."""
+KEPT_BODIES: Final = 500
+"""How many function runs may go on, after a wait, without a replay."""
 IDLE_IN_TRANSACTION_MS: Final = 60_000
 """A little above what a handler may do while it holds the row: after that its host has vanished."""
 
@@ -52,6 +58,7 @@ class Options:
     max_crashes: int = 5
     burst_steps: int = 32
     burst_seconds: float = 0.25
+    nap_seconds: float = 0.1  # sleeps and retry delays up to this stay in the worker
 
 
 class Engine(Desk):
@@ -64,7 +71,9 @@ class Engine(Desk):
         options: Options,
         *,
         worker: int,
+        queue: str | None = None,
         app: object | None = None,
+        hooks: Hooks | None = None,
         at: Hook = nothing,
     ) -> None:
         pool = store.open_pool(
@@ -73,14 +82,17 @@ class Engine(Desk):
             lock_timeout_ms=LOCK_TIMEOUT_MS,
             idle_in_transaction_ms=IDLE_IN_TRANSACTION_MS,
         )
-        super().__init__(store, registry, pool, max_crashes=options.max_crashes, at=at)
+        super().__init__(store, registry, pool, hooks=hooks, max_crashes=options.max_crashes, at=at)
         self.options, self.worker = options, worker
+        self.bodies = Bodies(KEPT_BODIES)
         self.caller = Caller(max_threads=options.concurrency, app=app, check=store.payloads.check)
         self.slots = Slots(max(1, options.pool_size - 2))
         self.suspects = Suspects(options.max_crashes)
+        self.deliverer = Deliverer(self, queue if queue is not None else store.schema)
         self.alarms: asyncio.Queue[datetime] = asyncio.Queue()
         self.stopping = False
         self.journaled = 0
+        self.latest: Transition | None = None  # what was written last
         self.owned: dict[uuid.UUID, Claimed] = {}
         self._flights: dict[uuid.UUID, set[Flight]] = {}
         self._ended: asyncio.Queue[uuid.UUID] = asyncio.Queue()
@@ -98,6 +110,9 @@ class Engine(Desk):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.deliverer.close()
+        self.bodies.close()
+        self.guard.close()
         await self.caller.close()
         await self.pool.close()
 
@@ -188,13 +203,27 @@ class Engine(Desk):
 
     def written(self, transition: Transition) -> None:
         """A transition was committed."""
-        if transition.ends:
+        self.latest = transition
+        if transition.ends or transition.replies:
             self._ended.put_nowait(transition.after.id)
+        if transition.reports:
+            self.deliverer.wake()
         if transition.entries:
             self.journaled += 1
         wake_at = transition.after.wake_at
-        if wake_at is not None and transition.next is None and wake_at - self.now() < ALARM_HORIZON:
+        if wake_at is None or transition.next is not None or self.nap(transition) is not None:
+            return
+        if wake_at - self.now() < ALARM_HORIZON:
             self.alarms.put_nowait(wake_at)
+
+    def nap(self, transition: Transition) -> float | None:
+        """Seconds until a run that was just parked goes on, if that is so soon that its worker waits for it."""
+        after = transition.after
+        short = after.waiting_for in (WaitingFor.SLEEP, WaitingFor.RETRY) and transition.next is None
+        if not short or after.wake_at is None or self.stopping:
+            return None
+        seconds = (after.wake_at - self.now()).total_seconds()
+        return max(seconds, 0.0) if seconds < self.options.nap_seconds else None
 
     async def _notify_ended(self) -> None:
         """Wake those who wait for a result, after the commit and outside of it: commits that notify are serialised."""

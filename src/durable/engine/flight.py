@@ -81,7 +81,7 @@ class Flight:
         async with self._gate:
             if self.hold is None:
                 assert self.claim is not None
-                self.hold = await self.claim.lock_for_good()
+                self.hold = await self.claim.lock_for_good(self.call)
             self.lent = self.hold.lent = True
             return self.hold.connection
 
@@ -129,22 +129,27 @@ class Flight:
 
     async def _fly(self) -> Outcome:
         engine = self._engine
-        engine.at(Point.BEFORE_HANDLER, executing(self.view))
+        with inside(**self._facts()):  # around the hooks too: so they know which step it is
+            engine.at(Point.BEFORE_HANDLER, executing(self.view))
+            outcome = await self._run()
+            engine.at(Point.AFTER_HANDLER, executing(self.view))
+        return outcome
+
+    async def _run(self) -> Outcome:
+        engine = self._engine
         try:
-            with engine.aloft(self), inside(**self._facts()):
+            with engine.aloft(self):
                 said = partial(engine.say, self)
-                outcome = await engine.caller.run(
+                return await engine.caller.run(
                     self.call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said
                 )
         except TransactionLost as lost:
-            outcome = await self._without_transaction(lost)
+            return await self._without_transaction(lost)
         except asyncio.CancelledError:
             if self._interrupted_by is None:
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
-            outcome = Interrupted(self._interrupted_by)
-        engine.at(Point.AFTER_HANDLER, executing(self.view))
-        return outcome
+            return Interrupted(self._interrupted_by)
 
 
 class ClaimLock:
@@ -154,8 +159,9 @@ class ClaimLock:
         self._engine, self.run_id, self.claim = engine, run_id, claim
         self.row = asyncio.Lock()
 
-    async def lock_for_good(self) -> Hold:
-        """Lock the row and keep others under this claim out until `settled`. Raises ClaimLost."""
+    async def lock_for_good(self, call: Call) -> Hold:
+        """Lock the row and keep others under this claim out until `settled`. Raises ClaimLost, also if `call` is not to
+        run any more: its branch has lost a race."""
         await self.row.acquire()
         try:
             hold = await self._engine.take_claimed(self)
@@ -165,11 +171,19 @@ class ClaimLock:
         if hold is None:
             self.row.release()
             raise ClaimLost(f"run {self.run_id} was taken over by another worker")
+        if not is_running(hold.view, call):
+            await hold.drop()
+            self.row.release()
+            raise Discarded(f"run {self.run_id}: {call.step_id!r} is not needed any more")
         return hold
 
 
 class ClaimLost(Exception):
     """The claim has ended or was taken over: whatever the handler still brings is discarded."""
+
+
+class Discarded(ClaimLost):
+    """The claim stands, but the handler's branch has lost a race."""
 
 
 def without_transaction(call: Call, error: BaseException) -> Outcome:
@@ -180,3 +194,10 @@ def without_transaction(call: Call, error: BaseException) -> Outcome:
     message = f"the step's transaction was lost, and with it what the step wrote: {error}"
     failure = Failure("durable.engine.calls.TransactionLost", message, "error", call.step_id, call.attempt)
     return Failed(failure, retryable=True)
+
+
+def is_running(view: View, call: Call) -> bool:
+    """Whether the run still waits for this call: False for a branch that lost a race, and if an uncertain COMMIT of its
+    outcome did go through."""
+    begun = view.run.frame.get(call.step_id)
+    return begun is not None and begun.running

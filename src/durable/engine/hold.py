@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING, Final, Self
 import psycopg
 from psycopg.pq import TransactionStatus
 
+from durable.core.functions.body import Body
+from durable.core.functions.new import new_body
 from durable.core.state import Claim, Entry, Run, View
 from durable.core.transition import Transition
+from durable.engine.bodies import Kept
 from durable.engine.points import Point
 from durable.store.apply import apply_and_commit, apply_and_relock
 from durable.store.db import Connection
 from durable.store.errors import RowBusy
-from durable.store.inbox import load_inbox, mark_seen
+from durable.store.inbox import forward, load_inbox, mark_seen
 from durable.store.journal import load_journal
-from durable.store.runs import Locked, Mode, abandon, begin_and_lock, let_go
+from durable.store.runs import Locked, Mode, abandon, begin_and_lock, commit, let_go
 
 if TYPE_CHECKING:
     from durable.engine.desk import Desk
@@ -42,7 +45,14 @@ class Hold:
     ``async with hold``: an error in the block, whatever it is, leaves neither the row locked nor the connection lost.
     """
 
-    def __init__(self, desk: Desk, connection: Connection, locked: Locked, journal: Mapping[str, Entry]) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        connection: Connection,
+        locked: Locked,
+        journal: Mapping[str, Entry],
+        body: Body | None = None,
+    ) -> None:
         self._desk = desk
         self.connection = connection
         self.lent = False
@@ -51,7 +61,9 @@ class Hold:
         desk.heard(locked.now)
         run = locked.run
         workflow = desk.registry.find(run.workflow, run.version)
-        self.view = View(run, workflow, desk.registry, journal, locked.inbox)
+        if body is None and workflow is not None and workflow.body is not None:
+            body = new_body(workflow, run, desk.registry, desk.guard)
+        self.view = View(run, workflow, desk.registry, journal, locked.inbox, body)
 
     async def __aenter__(self) -> Self:
         return self
@@ -65,10 +77,34 @@ class Hold:
         """The database's time, as it has moved on since the lock."""
         return self._read_at + timedelta(seconds=time.monotonic() - self._started)
 
-    async def read_inbox(self) -> None:
-        """Look again: a message may have been committed while user code ran under this lock."""
+    async def read_inbox(self) -> bool:
+        """Look again: a message may have been committed while user code ran under this lock. If one was, what was
+        decided without it is void, and so is what a body was driven to for that: another one takes its place."""
         inbox = await load_inbox(self._desk.store, self.connection, self.view.run.id)
-        self.view = replace(self.view, inbox=inbox)
+        if inbox == self.view.inbox:
+            return False
+        body = self.view.body
+        if body is not None:
+            body.close()
+            body = self._body_with(body.deferred)
+        self.view = replace(self.view, inbox=inbox, body=body)
+        return True
+
+    def take_over(self, view: View, step_id: str) -> None:
+        """Go on from `view`: another hold on this revision was lost, with entries of ephemeral steps that it had not
+        written yet. Not with that of `step_id`, which was the reason to write."""
+        deferred = {s: entry for s, entry in view.body.deferred.items() if s != step_id} if view.body is not None else {}
+        if deferred:
+            inbox = self.view.inbox
+            self.view = replace(view, inbox=inbox, body=self._body_with(deferred))
+
+    def _body_with(self, deferred: Mapping[str, Entry]) -> Body:
+        """A body that has not been driven yet. `deferred`: the entries that are still to be written."""
+        workflow = self.view.workflow
+        assert workflow is not None
+        body = new_body(workflow, self.view.run, self.view.registry, self._desk.guard)
+        body.deferred.update(deferred)
+        return body
 
     async def write(self, transition: Transition, *, planned: bool = True) -> Hold | None:
         """Write and commit. Nothing is held afterwards, whatever comes of it.
@@ -78,8 +114,10 @@ class Hold:
         desk, what = self._desk, executing(self.view)
         try:
             desk.at(Point.BEFORE_COMMIT, what)
+            transition = self._with_reports(transition)
             inbox = self.view.inbox if planned else ()
-            await apply_and_commit(desk.store, self.connection, transition, inbox)
+            applied = await apply_and_commit(desk.store, self.connection, transition, inbox)
+            self._keep_body(transition, applied.entries)
         finally:
             await self._give_back()
         desk.written(transition)
@@ -91,13 +129,14 @@ class Hold:
 
         What is written enqueues no continuation; where the lock could not be had again, that is made up for here.
         """
-        silent = replace(transition, next=None)
         if self.lent:  # the connection goes back to be reset
-            await self.write(silent)
+            await self.write(replace(transition, next=None))
             return await self._take_again(transition)
         desk, what = self._desk, executing(self.view)
         try:
             desk.at(Point.BEFORE_COMMIT, what)
+            transition = self._with_reports(transition)
+            silent = replace(transition, next=None)
             applied, committed = await apply_and_relock(desk.store, self.connection, silent, self.view.inbox)
             desk.written(transition)
             desk.at(Point.AFTER_COMMIT, what)
@@ -109,9 +148,21 @@ class Hold:
             await desk.enqueue(transition)
             return None
         self._over = True  # the connection goes on in the next hold
-        journal = {k: v for k, v in self.view.journal.items() if k not in transition.forget}
-        journal |= {entry.step_id: entry for entry in applied.entries}
-        return Hold(desk, self.connection, committed.locked, journal)
+        body = self._driven(transition, applied.entries)
+        return Hold(desk, self.connection, committed.locked, self._journal_after(transition, applied.entries), body)
+
+    def defer(self, view: View) -> Hold:
+        """A step has ended whose entry may be written with the next transition: `view` is with it."""
+        self.view = view
+        return self
+
+    async def forward(self) -> None:
+        """What came to a run that has continued as new goes on to its successor."""
+        try:
+            await forward(self._desk.store, self.connection, self.view.run.id)
+            await commit(self._desk.store, self.connection)
+        finally:
+            await self._give_back()
 
     async def release(self) -> Hold | None:
         """There is nothing to do: messages that were planned with are marked as seen. Nothing is held afterwards."""
@@ -119,6 +170,7 @@ class Hold:
             fresh = [message.seq for message in self.view.inbox if message.fresh]
             await mark_seen(self._desk.store, self.connection, self.view.run.id, fresh)
             await let_go(self._desk.store, self.connection)
+            self._keep_body_as_it_is()
         finally:
             await self._give_back()
         return None
@@ -127,6 +179,7 @@ class Hold:
         """Let go without having looked: whatever is new in the inbox stays new."""
         try:
             await let_go(self._desk.store, self.connection)
+            self._keep_body_as_it_is()
         finally:
             await self._give_back()
 
@@ -135,6 +188,11 @@ class Hold:
         if not self._over:
             await self.connection.close()
             await self._give_back()
+
+    def _with_reports(self, transition: Transition) -> Transition:
+        """With what this process's hooks are to be told of it."""
+        told = self._desk.hooks.reports(self.view, transition, self.now)
+        return replace(transition, reports=told) if told else transition
 
     async def _take_again(self, transition: Transition) -> Hold | None:
         written = transition.after
@@ -149,8 +207,39 @@ class Hold:
             await self._desk.enqueue(transition)
         return hold
 
+    def _journal_after(self, transition: Transition, entries: Iterable[Entry]) -> dict[str, Entry]:
+        gone = {*transition.forget, *transition.prune}
+        journal = {k: v for k, v in self.view.journal.items() if k not in gone} if gone else dict(self.view.journal)
+        return journal | {entry.step_id: entry for entry in entries}
+
+    def _driven(self, transition: Transition, entries: Iterable[Entry]) -> Body | None:
+        """The body, if it goes on from what was written; else it is closed."""
+        body, after = self.view.body, transition.after
+        if body is None:
+            return None
+        if body.stale or transition.forget or after.status.ended or after.ending is not None:
+            body.close()
+            return None
+        body.written(entries, transition.prune)
+        return body
+
+    def _keep_body(self, transition: Transition, entries: Iterable[Entry]) -> None:
+        body = self._driven(transition, entries)
+        if body is not None:
+            kept = Kept(transition.after.revision, self._journal_after(transition, entries), body)
+            self._desk.bodies.keep(transition.after.id, kept)
+        self.view = replace(self.view, body=None)
+
+    def _keep_body_as_it_is(self) -> None:
+        body, run = self.view.body, self.view.run
+        if body is not None and not body.stale and not body.deferred and not run.status.ended:
+            self._desk.bodies.keep(run.id, Kept(run.revision, self.view.journal, body))
+            self.view = replace(self.view, body=None)
+
     async def _give_back(self) -> None:
         self._over = True
+        if self.view.body is not None:
+            self.view.body.close()
         with suppress(psycopg.Error):
             if self.connection.info.transaction_status is not TransactionStatus.IDLE:
                 await abandon(self.connection)
@@ -171,6 +260,9 @@ async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Cla
             await let_go(desk.store, connection)
             locked = None
         if locked is not None:
+            kept = desk.bodies.take(run_id, locked.run.revision)
+            if kept is not None:
+                return Hold(desk, connection, locked, kept.journal, kept.body)
             journal = await load_journal(desk.store, connection, run_id) if _has_journal(locked.run) else {}
             return Hold(desk, connection, locked, journal)
     except BaseException:
@@ -187,6 +279,8 @@ def executing(view: View) -> str:
     run, workflow = view.run, view.workflow
     if run.status == "compensating":
         return "undo"
+    if workflow is not None and workflow.body is not None:
+        return "function"
     if workflow is None or run.current_step >= len(workflow.nodes):
         return "-"
     return workflow.nodes[run.current_step].kind

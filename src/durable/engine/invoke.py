@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from durable.define.options import is_async
+
 T = TypeVar("T")
 
 
@@ -98,13 +100,6 @@ class Threads:
     async def close(self) -> None:
         """Ends the threads. Waits, without blocking the loop, for functions that still run."""
         await asyncio.to_thread(self._pool.shutdown)
-
-
-def is_async(fn: Callable[..., Any]) -> bool:
-    """Whether calling `fn` gives a coroutine: async functions, partials and methods of them, async ``__call__``."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
 async def play(script: Script[T], threads: Threads, interruption: Interruption) -> Returned[T] | Raised:

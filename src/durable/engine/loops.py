@@ -1,4 +1,4 @@
-"""The loops that every worker runs beside its jobs: timers, recovery, the inbox of what it executes.
+"""The loops that every worker runs beside its jobs: timers, recovery, the inbox of what it executes, hooks.
 
 They are essentials, not plugins: errors are logged, and the loop goes on.
 """
@@ -42,13 +42,20 @@ class Loops:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        loops = {"timers": self._timers(), "recovery": self._recovery(), "inbox": self._inbox(), "tidy": self._tidy()}
+        loops = {
+            "timers": self._timers(),
+            "recovery": self._recovery(),
+            "inbox": self._inbox(),
+            "hooks": self._hooks(),
+            "tidy": self._tidy(),
+        }
         self._tasks = [asyncio.create_task(loop, name=name) for name, loop in loops.items()]
 
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *self._taken_up.values(), return_exceptions=True)
+        await self._survive("hooks", self._engine.deliverer.finish)
 
     async def _timers(self) -> None:
         """What is due is put back: at the time of each alarm that this process set itself, and once a second."""
@@ -140,6 +147,13 @@ class Loops:
             unread = await queries.unread_of(self._engine.store, connection, flying)
         for run_id in unread:
             self._engine.look(run_id)
+
+    async def _hooks(self) -> None:
+        """Hooks are told: at once of what this process wrote, and once a second of whatever else is due."""
+        deliverer = self._engine.deliverer
+        while True:
+            await deliverer.woken(_jittered(TICK))
+            await self._survive("hooks", deliverer.sweep)
 
     async def _tidy(self) -> None:
         while True:

@@ -60,7 +60,9 @@ async def open_session(
 
     liveness = Liveness(app.store, app.queue, heard=heard, lost=lost, registered=registered)
     worker = await liveness.start()
-    engine = Engine(app.store, app.registry, options, worker=worker, app=handlers_app, at=at)
+    engine = Engine(
+        app.store, app.registry, options, worker=worker, queue=app.queue, app=handlers_app, hooks=app.hooks, at=at
+    )
     manager.registered = lambda: registered(liveness.worker)
     try:
         await engine.open()

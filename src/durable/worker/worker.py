@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from durable.core.graph import go_on
+from durable.core.plan import go_on
 from durable.engine.engine import Engine
 from durable.engine.hold import take
 from durable.engine.loops import Loops
@@ -116,8 +116,9 @@ class Worker:
             error = await self._serve(session, wait=False)
             if error is not None:
                 raise error
+            told = await engine.deliverer.rests()  # asked first: hooks may leave something to do
             async with engine.pool.connection() as connection:
-                if await queries.idle(engine.store, connection, self._app.queue):
+                if await queries.idle(engine.store, connection, self._app.queue) and told:
                     return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), 0.02)
