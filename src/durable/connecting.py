@@ -25,6 +25,7 @@ from durable.config import Database, Embedded, resolve
 from durable.core.transition import Transition
 from durable.define.registry import Registry
 from durable.engine.desk import Desk
+from durable.engine.hooks import Hooks
 from durable.errors import ConfigurationError
 from durable.store import nudges
 from durable.store.db import Connection, Pool, Store
@@ -54,8 +55,8 @@ class Wanted:
 class AppDesk(Desk):
     """A desk that remembers which runs it has ended, for those who wait."""
 
-    def __init__(self, store: Store, registry: Registry, pool: Pool, *, max_crashes: int) -> None:
-        super().__init__(store, registry, pool, max_crashes=max_crashes)
+    def __init__(self, store: Store, registry: Registry, pool: Pool, hooks: Hooks, *, max_crashes: int) -> None:
+        super().__init__(store, registry, pool, hooks=hooks, max_crashes=max_crashes)
         self._ended: list[uuid.UUID] = []
 
     def written(self, transition: Transition) -> None:
@@ -73,10 +74,10 @@ class AppDesk(Desk):
 class Link:
     """What one event loop uses: a pool, a desk over it, and the one that listens for the ends of runs."""
 
-    def __init__(self, store: Store, registry: Registry, wanted: Wanted) -> None:
+    def __init__(self, store: Store, registry: Registry, hooks: Hooks, wanted: Wanted) -> None:
         self.pool = store.open_pool(wanted.pool_size, application_name="durable app", min_size=0)
         self.pool.timeout = PATIENCE
-        self.desk = AppDesk(store, registry, self.pool, max_crashes=wanted.max_crashes)
+        self.desk = AppDesk(store, registry, self.pool, hooks, max_crashes=wanted.max_crashes)
         self.endings = Endings(store, self.connection)
 
     async def open(self) -> None:
@@ -110,8 +111,8 @@ class Link:
 class Connecting:
     """The database of one app."""
 
-    def __init__(self, wanted: Wanted, store: Store, registry: Registry) -> None:
-        self._wanted, self._store, self._registry = wanted, store, registry
+    def __init__(self, wanted: Wanted, store: Store, registry: Registry, hooks: Hooks) -> None:
+        self._wanted, self._store, self._registry, self._hooks = wanted, store, registry, hooks
         self.database: Database | None = None
         self._settled = False
         self._lock = threading.Lock()
@@ -138,7 +139,7 @@ class Connecting:
                 if not self._settled:
                     await asyncio.to_thread(self._settle)
                 self._drop_closed_loops()
-                link = Link(self._store, self._registry, self._wanted)
+                link = Link(self._store, self._registry, self._hooks, self._wanted)
                 await link.open()
                 self._links[loop] = opening, link
         return link

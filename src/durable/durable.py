@@ -13,12 +13,23 @@ import asyncio
 import json
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import fields
 from datetime import datetime
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, TypeVar, Unpack, assert_never, overload
 
 import psycopg
 from psycopg_pool import PoolTimeout
@@ -30,15 +41,27 @@ from durable.config import Database, Embedded
 from durable.connecting import Connecting, Wanted
 from durable.core.state import MessageKind
 from durable.define.builder import Builder
+from durable.define.function import WorkflowFunction
 from durable.define.nodes import WaitForSignal, Workflow
+from durable.define.registry import AnyWorkflow
 from durable.define.results import load_run_result
-from durable.definitions import AnyWorkflow, Defining, Definitions, required, total_steps
+from durable.definitions import Defining, Definitions, required, total_steps
 from durable.engine import recover as recovery
 from durable.engine import requests
 from durable.engine.desk import Desk
 from durable.engine.engine import Options
-from durable.errors import PayloadError, RetryRefused, RunCanceled, RunExists, RunFailed, RunNotFound, SchemaMismatch
-from durable.handles import AsyncRun, ResumeResult, Run, Start
+from durable.errors import (
+    ConfigurationError,
+    PayloadError,
+    RequestTimeout,
+    RetryRefused,
+    RunCanceled,
+    RunExists,
+    RunFailed,
+    RunNotFound,
+    SchemaMismatch,
+)
+from durable.handles import AsyncRun, ResumeResult, Run, Start, StartOptions
 from durable.portal import Portal, close_at_exit, refuse_running_loop
 from durable.snapshots import ErrorInfo, HistoryEvent, Page, RunSnapshot
 from durable.store import operations, read, sweep
@@ -52,6 +75,7 @@ if TYPE_CHECKING:
     from durable.worker import Worker
 
 In = TypeVar("In")
+Out = TypeVar("Out")
 T = TypeVar("T")
 Handle: TypeAlias = RunId | AsyncRun[Any] | Run[Any]
 Statuses: TypeAlias = Status | str | Collection[Status | str] | None
@@ -118,7 +142,7 @@ class AsyncDurable(Defining):
         limit = arguments.at_least(max_payload, 1, "max_payload")
         self.store = Store("", schema=wanted.schema, codec=arguments.codec(codec), max_payload=limit)
         self._definitions = Definitions(workflows, imports)
-        self._connecting = Connecting(wanted, self.store, self._definitions.known)
+        self._connecting = Connecting(wanted, self.store, self._definitions.known, self.hooks)
 
     # ---------------------------------------------------------------- life
 
@@ -161,10 +185,24 @@ class AsyncDurable(Defining):
 
     # ---------------------------------------------------------------- starting
 
+    @overload
+    async def start(
+        self,
+        workflow: WorkflowFunction[In, Out],
+        input: In | Mapping[str, Any] | None = None,
+        **options: Unpack[StartOptions],
+    ) -> AsyncRun[Out]: ...
+    @overload
     async def start(
         self,
         workflow: Builder[In] | Workflow | str,
         input: In | Mapping[str, Any] | None = None,
+        **options: Unpack[StartOptions],
+    ) -> AsyncRun[Any]: ...
+    async def start(
+        self,
+        workflow: AnyWorkflow | str,
+        input: Any = None,
         *,
         version: str | None = None,
         id: RunId | None = None,
@@ -196,7 +234,7 @@ class AsyncDurable(Defining):
 
     async def start_many(
         self,
-        workflow: Builder[Any] | Workflow | str,
+        workflow: AnyWorkflow | str,
         runs: Iterable[Start],
         *,
         version: str | None = None,
@@ -242,6 +280,37 @@ class AsyncDurable(Defining):
         query = self._signaling(run_id, name, payload, id)
         return _delivered(await self._write(query, connection, repeat=id is not None), run_id)
 
+    async def request(
+        self,
+        run_id: Handle,
+        name: str,
+        payload: Any = None,
+        timeout: Seconds = 5.0,
+        *,
+        id: str | uuid.UUID | None = None,
+    ) -> Any:
+        """Send a message that the run receives with ``completable=True``, and wait for what it is completed with: plain
+        JSON.
+
+        `timeout`: seconds or a timedelta. `id`: the same one twice is one request, and has one reply.
+        Raises RequestTimeout; RunFailed, RunCanceled if the run ends without a reply; RunNotFound, PayloadError.
+        """
+        id_, limit = _id(run_id), arguments.span(timeout, "timeout")
+        if limit is None:
+            raise ConfigurationError("timeout=None: a request waits a time of its own, in seconds")
+        message = arguments.message_id(id) or str(uuid.uuid4())
+        sent = await self._write(self._signaling(id_, name, payload, message, wants_reply=True), None, repeat=True)
+        if not _delivered(sent, id_):
+            link = await self._connecting.link()
+            raise _unanswered(await link.endings.outcome(id_, 0), name)
+        link = await self._connecting.link()
+        answer = await link.endings.answer(id_, message, limit.total_seconds())
+        if answer.replied:
+            return json.loads(answer.reply or "null")
+        if answer.too_late:
+            raise _unanswered(answer.run, name)
+        raise RequestTimeout(name, run_id=answer.run.id, timeout=limit.total_seconds(), workflow=answer.run.workflow)
+
     async def resume(self, run_id: Handle, name: str | None = None, data: Any = None) -> ResumeResult:
         """Answer a run that waits now for the signal `name`, or on the step `name` that returned ``Suspend``.
 
@@ -253,8 +322,8 @@ class AsyncDurable(Defining):
         if name is None:
             if data is not None:
                 raise TypeError("resume() takes data only with the name of what the run waits for")
-            unpaused = await self._request(lambda desk: requests.unpause(desk, id_))
-            return ResumeResult(unpaused, await self._status_of(id_))
+            unpaused = await self._request_at_end(id_, requests.unpause)
+            return ResumeResult(unpaused, (await self._outcome(id_)).status)
         where = f"the data of resume {name!r}"
         body = arguments.payload(data, where)
         query = operations.resume(self.store, id_, arguments.name(name, "the name to resume"), body)
@@ -262,15 +331,14 @@ class AsyncDurable(Defining):
         answer = await self._write(query, None)
         if answer == "unknown":
             raise RunNotFound(id_)
-        return ResumeResult(answer == "accepted", await self._status_of(id_))
+        return ResumeResult(answer == "accepted", (await self._outcome(id_)).status)
 
     async def pause(self, run_id: Handle) -> bool:
         """Hold a run after the step in progress. Messages wait meanwhile, deadlines run on. `resume` takes it up again.
 
         False: it is paused already, rolls back, or has ended. Raises RunNotFound.
         """
-        id_ = _id(run_id)
-        return await self._request(lambda desk: requests.pause(desk, id_))
+        return await self._request_at_end(_id(run_id), requests.pause)
 
     async def cancel(
         self, run_id: Handle, *, reason: str | None = None, compensate: bool = False, connection: Any = None
@@ -283,13 +351,13 @@ class AsyncDurable(Defining):
         id_, why = _id(run_id), arguments.reason(reason)
         if connection is not None:
             return _delivered(await self._write(self._canceling(id_, why, compensate), connection), id_)
-        return await self._request(lambda desk: requests.cancel(desk, id_, why, compensate=compensate))
+        return await self._request_at_end(id_, partial(requests.cancel, reason=why, compensate=compensate))
 
     async def retry(self, run_id: Handle) -> AsyncRun[Any]:
         """Take a failed run up again at the step that failed, with fresh attempts; or look anew at one that is parked
         for a person. Raises RunNotFound; RetryRefused if it has not failed, or entries of it were undone.
         """
-        id_ = _id(run_id)
+        id_ = await self._end_of_chain(_id(run_id))
         for look in range(BUSY_TRIES):
             if look:
                 await asyncio.sleep(BUSY_PAUSE)
@@ -308,6 +376,29 @@ class AsyncDurable(Defining):
             f"run {str(id_)!r} can't be retried: it is {status.value}. Only a run that has failed, or is parked for a "
             f"person, can be{'; `resume` ends a pause' if status is Status.PAUSED else ''}"
         )
+
+    async def fork(
+        self, run_id: Handle, from_step: str | None = None, input: Any = None, *, connection: Any = None
+    ) -> AsyncRun[Any]:
+        """Start a run that has passed what this one had passed when it came to `from_step`, and goes on from there.
+        This one stays as it is, in whatever status. Returns the new run's handle.
+
+        - `from_step`: a step's id, as `status` shows it. If it stands in a branch, a loop or a block, all of that runs
+          again. None: everything does.
+        - `input`: another input; None: the same.
+        - `connection=`: it is started exactly if your transaction commits.
+
+        The new run has the same workflow, version, queue, tags and priority; no key, no parent, no deadline. Its
+        rollback does not undo what was copied.
+        Raises RunNotFound, PayloadError; ConfigurationError if there is no such step, or steps before it were undone.
+        """
+        origin, new = _id(run_id), uuid7()
+        text: str | None = None
+        if input is not None:
+            found = await self._write(operations.definition_of(self.store, origin), connection, repeat=True)
+            text = self._other_input(origin, found, input)
+        forked = await self._write(operations.fork(self.store, origin, new, from_step, text), connection)
+        return AsyncRun(self, _new_fork(forked, origin, new, from_step), uncommitted=connection is not None)
 
     # ---------------------------------------------------------------- looking
 
@@ -337,11 +428,12 @@ class AsyncDurable(Defining):
         """A page of runs that match all filters, the newest first; without their steps, results and children.
 
         `status` may also be ``retrying``, ``sleeping``, ``waiting_for_signal`` ..., or several; all `tags` must be
-        there. `after`: the ``next`` of the page before. Raises ConfigurationError for what makes no sense.
+        there; a run that went on as another one has left its `key` to that. `after`: the ``next`` of the page before.
+        Raises ConfigurationError for what makes no sense.
         """
         filters: dict[str, Any] = {
             "status": status,
-            "workflow": workflow.name if isinstance(workflow, Builder | Workflow) else workflow,
+            "workflow": workflow.name if isinstance(workflow, Builder | WorkflowFunction | Workflow) else workflow,
             "version": version,
             "tags": arguments.tags(tags),
             "parent": None if parent is None else _id(parent),
@@ -359,9 +451,18 @@ class AsyncDurable(Defining):
         id_ = _id(run_id)
         return await self._on_connection(lambda its: read.history(self.store, its, id_), repeat=True)
 
+    async def watch(self, run_id: Handle) -> AsyncGenerator[RunSnapshot, None]:
+        """The run as it stands now, and again after each change, until it has ended. Changes that follow each other
+        within a quarter of a second may be seen as one; the last snapshot is always that of the end. A run that goes on
+        as another one (``continue_as_new``) is followed there. Raises RunNotFound.
+        """
+        id_, shown = _id(run_id), None
+        while (shown := await self._next_snapshot(id_, shown)) is not None:
+            yield shown
+
     async def result(self, run_id: Handle, timeout: Seconds | None = None) -> Any:
         """Wait for the end of the run, and for its result: as the types that its workflow declares where that is
-        registered here, else as plain JSON.
+        registered here, else as plain JSON. A run that goes on as another one (``continue_as_new``) ends with that.
 
         `timeout`: seconds or a timedelta. Raises RunFailed, RunCanceled, TimeoutError; RunNotFound.
         """
@@ -372,10 +473,8 @@ class AsyncDurable(Defining):
             None if limit is None else limit.total_seconds(),
             uncommitted=not isinstance(run_id, RunId) and run_id.uncommitted,
         )
-        if outcome.status is Status.FAILED:
-            raise RunFailed(id_, _facts(outcome.error), _not_undone(outcome), workflow=outcome.workflow)
-        if outcome.status is Status.CANCELED:
-            raise RunCanceled(outcome.reason, run_id=id_, workflow=outcome.workflow)
+        if outcome.status is not Status.COMPLETED:
+            raise _not_completed(outcome)
         assert outcome.result is not None
         definition = self.registry.find(outcome.workflow, outcome.version)
         if definition is None:
@@ -383,7 +482,7 @@ class AsyncDurable(Defining):
         try:
             return load_run_result(definition, outcome.result)
         except PayloadError as error:
-            raise error.at(f"the result of workflow {outcome.workflow!r}, run {str(id_)!r}") from None
+            raise error.at(f"the result of workflow {outcome.workflow!r}, run {str(outcome.id)!r}") from None
 
     # ---------------------------------------------------------------- upkeep
 
@@ -429,15 +528,11 @@ class AsyncDurable(Defining):
     # ---------------------------------------------------------------- between the operations and the lower rooms
 
     def _starting(self, definition: Workflow, asked: Start) -> operations.Start:
-        try:
-            text = definition.input.dump(asked.input)
-        except PayloadError as error:
-            raise error.at(f"the input of workflow {definition.name!r}") from error.__cause__
         return operations.Start(
             id=uuid7() if asked.id is None else arguments.new_id(asked.id),
             workflow=definition.name,
             version=definition.version,
-            input=text,
+            input=_input(definition, asked.input),
             queue=self.queue,
             key=arguments.key(asked.key),
             tags=arguments.tags(asked.tags),
@@ -453,11 +548,33 @@ class AsyncDurable(Defining):
         return tuple(self._starting(definition, run) for run in runs)
 
     def _signaling(
-        self, run_id: Handle, name: str, payload: Any, id_: str | uuid.UUID | None
+        self, run_id: Handle, name: str, payload: Any, id_: str | uuid.UUID | None, *, wants_reply: bool = False
     ) -> Query[operations.Sent]:
         arguments.name(name, "the signal's name")
         body = arguments.payload(payload, f"the payload of signal {name!r}")
-        return operations.send(self.store, _id(run_id), MessageKind.SIGNAL, name, body, arguments.message_id(id_))
+        message = arguments.message_id(id_)
+        return operations.send(
+            self.store, _id(run_id), MessageKind.SIGNAL, name, body, message, wants_reply=wants_reply
+        )
+
+    def _other_input(self, run_id: uuid.UUID, found: tuple[str, str] | None, given: Any) -> str:
+        """The input of a fork: of the type that the run's workflow takes, where that is registered here."""
+        if found is None:
+            raise RunNotFound(run_id)
+        definition = self.registry.find(*found)
+        if definition is None:
+            return arguments.payload(given, f"the input of workflow {found[0]!r}")
+        return _input(definition, given)
+
+    async def _next_snapshot(self, run_id: uuid.UUID, shown: RunSnapshot | None) -> RunSnapshot | None:
+        """What a watcher of `run_id` who was shown this is to be shown next; None: that was the end."""
+        if shown is None:
+            return await self.status(run_id)
+        if shown.ended:
+            return None if shown.successor is None else await self.status(shown.successor)
+        link = await self._connecting.link()
+        await link.endings.change(shown.id, shown.revision)
+        return await self.status(shown.id)
 
     def _canceling(self, id_: uuid.UUID, reason: str | None, compensate: bool) -> Query[operations.Sent]:
         body = json.dumps({"reason": reason, "compensate": compensate})
@@ -496,16 +613,35 @@ class AsyncDurable(Defining):
             await link.desk.tell_ends()
         return answer
 
+    async def _request_at_end(self, id_: uuid.UUID, ask: Callable[[Desk, uuid.UUID], Awaitable[bool]]) -> bool:
+        """A run that goes on as another one (``continue_as_new``), also just now, is asked there."""
+
+        async def asked(desk: Desk) -> bool:
+            return await ask(desk, id_)
+
+        while not await self._request(asked):
+            if (end := await self._end_of_chain(id_)) == id_:
+                return False
+            id_ = end
+        return True
+
+    async def _end_of_chain(self, id_: uuid.UUID) -> uuid.UUID:
+        return await self._on_connection(lambda its: read.end_of_chain(self.store, its, id_), repeat=True)
+
     async def _status_of(self, id_: uuid.UUID) -> Status:
         status = await self._on_connection(lambda its: read.status_of(self.store, its, id_), repeat=True)
         if status is None:
             raise RunNotFound(id_)
         return status
 
+    async def _outcome(self, id_: uuid.UUID) -> read.Outcome:
+        """How the run stands, or the one that it went on as. Raises RunNotFound."""
+        return await self._on_connection(lambda its: read.outcome(self.store, its, id_), repeat=True)
+
     async def _check_awaited(self, id_: uuid.UUID, name: str, body: str, where: str) -> None:
         """Whether the data is what the wait declares, where that is known here. Which wait it is is asked only if one
         that it could be refuses the data."""
-        run = await self._on_connection(lambda its: read.outcome(self.store, its, id_), repeat=True)
+        run = await self._outcome(id_)
         definition = self.registry.find(run.workflow, run.version)
         refusals: dict[int, PayloadError] = {}
         for place, node in enumerate(definition.nodes if definition is not None else ()):
@@ -515,12 +651,12 @@ class AsyncDurable(Defining):
                 except PayloadError as error:
                     refusals[place] = error.at(f"{where}, for node {node.name!r} of workflow {run.workflow!r}")
         if refusals:
-            now = await self.status(id_, 0)
+            now = await self.status(run.id, 0)
             if now.waiting_name == name and now.cursor in refusals:
                 raise refusals[now.cursor]
 
     def _total_steps(self, workflow: str, version: str) -> int | None:
-        return total_steps(self.registry, workflow, version)
+        return total_steps(self.registry, workflow, version) or None  # nobody knows how many a function takes
 
 
 class Durable(Defining):
@@ -598,10 +734,24 @@ class Durable(Defining):
 
     # ---------------------------------------------------------------- starting
 
+    @overload
+    def start(
+        self,
+        workflow: WorkflowFunction[In, Out],
+        input: In | Mapping[str, Any] | None = None,
+        **options: Unpack[StartOptions],
+    ) -> Run[Out]: ...
+    @overload
     def start(
         self,
         workflow: Builder[In] | Workflow | str,
         input: In | Mapping[str, Any] | None = None,
+        **options: Unpack[StartOptions],
+    ) -> Run[Any]: ...
+    def start(
+        self,
+        workflow: AnyWorkflow | str,
+        input: Any = None,
         *,
         version: str | None = None,
         id: RunId | None = None,
@@ -620,7 +770,7 @@ class Durable(Defining):
 
     def start_many(
         self,
-        workflow: Builder[Any] | Workflow | str,
+        workflow: AnyWorkflow | str,
         runs: Iterable[Start],
         *,
         version: str | None = None,
@@ -650,6 +800,17 @@ class Durable(Defining):
         query = self.async_app._signaling(run_id, name, payload, id)
         return _delivered(self._write(query, connection, repeat=id is not None), run_id)
 
+    def request(
+        self,
+        run_id: Handle,
+        name: str,
+        payload: Any = None,
+        timeout: Seconds = 5.0,
+        *,
+        id: str | uuid.UUID | None = None,
+    ) -> Any:
+        return self._portal.call(self.async_app.request, run_id, name, payload, timeout, id=id)
+
     def resume(self, run_id: Handle, name: str | None = None, data: Any = None) -> ResumeResult:
         return self._portal.call(self.async_app.resume, run_id, name, data)
 
@@ -666,6 +827,17 @@ class Durable(Defining):
 
     def retry(self, run_id: Handle) -> Run[Any]:
         return Run(self, self._portal.call(self.async_app.retry, run_id).id)
+
+    def fork(
+        self, run_id: Handle, from_step: str | None = None, input: Any = None, *, connection: Any = None
+    ) -> Run[Any]:
+        app, origin, new = self.async_app, _id(run_id), uuid7()
+        text: str | None = None
+        if input is not None:
+            found = self._write(operations.definition_of(self.store, origin), connection, repeat=True)
+            text = app._other_input(origin, found, input)
+        forked = self._write(operations.fork(self.store, origin, new, from_step, text), connection)
+        return Run(self, _new_fork(forked, origin, new, from_step), uncommitted=connection is not None)
 
     # ---------------------------------------------------------------- looking
 
@@ -700,6 +872,11 @@ class Durable(Defining):
 
     def history(self, run_id: Handle) -> Events:
         return self._portal.call(self.async_app.history, run_id)
+
+    def watch(self, run_id: Handle) -> Generator[RunSnapshot, None, None]:
+        id_, shown = _id(run_id), None
+        while (shown := self._portal.call(self.async_app._next_snapshot, id_, shown)) is not None:
+            yield shown
 
     def result(self, run_id: Handle, timeout: Seconds | None = None) -> Any:
         return self._portal.call(self.async_app.result, run_id, timeout)
@@ -764,6 +941,52 @@ def _delivered(sent: operations.Sent, run_id: Handle) -> bool:
     if sent == "unknown":
         raise RunNotFound(_id(run_id))
     return sent != "finished"
+
+
+def _input(definition: Workflow, given: Any) -> str:
+    try:
+        return definition.input.dump(given)
+    except PayloadError as error:
+        raise error.at(f"the input of workflow {definition.name!r}") from error.__cause__
+
+
+def _new_fork(forked: operations.Forked, origin: uuid.UUID, new: uuid.UUID, step: str | None) -> uuid.UUID:
+    """The id of the run that is there now. Raises RunNotFound; ConfigurationError, which says where to fork instead."""
+    refused = f"run {str(origin)!r} can't be forked from step {step!r}: "
+    match forked.answer:
+        case "forked":
+            return new
+        case "unknown":
+            raise RunNotFound(origin)
+        case "no_step":
+            there = f"it has {', '.join(map(repr, forked.steps))}" if forked.steps else "it has not come to any yet"
+            raise ConfigurationError(f"{refused}there is no such step in it; {there}")
+        case "undone":
+            undone = ", ".join(map(repr, forked.steps))
+            raise ConfigurationError(
+                f"{refused}before it stands what was undone ({undone}): fork from there, or earlier"
+            )
+        case "rolled_back":
+            raise ConfigurationError(
+                f"{refused}it went back to a checkpoint before it came there: fork from an earlier step, or from none"
+            )
+        case never:
+            assert_never(never)
+
+
+def _not_completed(outcome: read.Outcome) -> RunFailed | RunCanceled:
+    """How a run ended that did not end well."""
+    if outcome.status is Status.CANCELED:
+        return RunCanceled(outcome.reason, run_id=outcome.id, workflow=outcome.workflow)
+    return RunFailed(outcome.id, _facts(outcome.error), _not_undone(outcome), workflow=outcome.workflow)
+
+
+def _unanswered(outcome: read.Outcome, name: str) -> RunFailed | RunCanceled:
+    """Why nobody replies to a request any more."""
+    if outcome.status is not Status.COMPLETED:
+        return _not_completed(outcome)
+    error = {"type": "NoReply", "message": f"it completed without a reply to the request {name!r}"}
+    return RunFailed(outcome.id, error, workflow=outcome.workflow)
 
 
 def _facts(error: ErrorInfo | None) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """What the operations take and give: a start, a run's handle, the answer to resume. The handles only pass on."""
 
-# ruff: noqa: A002 - id= is the name that users expect
+# ruff: noqa: A002 - input= and id= are the names that users expect
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 from durable.arguments import RunId, Seconds, Tag
 from durable.snapshots import HistoryEvent, RunSnapshot
@@ -30,6 +30,19 @@ class Start:
     priority: int = 0
     delay: Seconds | None = None
     timeout: Seconds | None = None
+
+
+class StartOptions(TypedDict, total=False):
+    """What ``start`` takes beside workflow and input, for its types."""
+
+    version: str | None
+    id: RunId | None
+    key: str | None
+    tags: Mapping[str, Tag] | None
+    priority: int
+    delay: Seconds | None
+    timeout: Seconds | None
+    connection: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +91,11 @@ class AsyncRun(_Handle, Generic[T]):
     ) -> bool:
         return await self._app.signal(self.id, name, payload, id=id, connection=connection)
 
+    async def request(
+        self, name: str, payload: Any = None, timeout: Seconds = 5.0, *, id: str | uuid.UUID | None = None
+    ) -> Any:
+        return await self._app.request(self.id, name, payload, timeout, id=id)
+
     async def resume(self, name: str | None = None, data: Any = None) -> ResumeResult:
         return await self._app.resume(self.id, name, data)
 
@@ -90,6 +108,12 @@ class AsyncRun(_Handle, Generic[T]):
     async def retry(self) -> AsyncRun[T]:
         await self._app.retry(self.id)
         return self
+
+    async def fork(self, from_step: str | None = None, input: Any = None, *, connection: Any = None) -> AsyncRun[T]:
+        return await self._app.fork(self.id, from_step, input, connection=connection)
+
+    def watch(self) -> AsyncGenerator[RunSnapshot, None]:
+        return self._app.watch(self.id)
 
     async def history(self) -> list[HistoryEvent]:
         return await self._app.history(self.id)
@@ -113,6 +137,11 @@ class Run(_Handle, Generic[T]):
     ) -> bool:
         return self._app.signal(self.id, name, payload, id=id, connection=connection)
 
+    def request(
+        self, name: str, payload: Any = None, timeout: Seconds = 5.0, *, id: str | uuid.UUID | None = None
+    ) -> Any:
+        return self._app.request(self.id, name, payload, timeout, id=id)
+
     def resume(self, name: str | None = None, data: Any = None) -> ResumeResult:
         return self._app.resume(self.id, name, data)
 
@@ -125,6 +154,12 @@ class Run(_Handle, Generic[T]):
     def retry(self) -> Run[T]:
         self._app.retry(self.id)
         return self
+
+    def fork(self, from_step: str | None = None, input: Any = None, *, connection: Any = None) -> Run[T]:
+        return self._app.fork(self.id, from_step, input, connection=connection)
+
+    def watch(self) -> Generator[RunSnapshot, None, None]:
+        return self._app.watch(self.id)
 
     def history(self) -> list[HistoryEvent]:
         return self._app.history(self.id)

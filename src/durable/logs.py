@@ -48,6 +48,11 @@ def inside(**facts: Any) -> Iterator[None]:
         _inside.reset(token)
 
 
+def here() -> Mapping[str, Any]:
+    """What is known of the run inside which this is called: some of FACTS."""
+    return _inside.get()
+
+
 class RunFilter(logging.Filter):
     """Lets everything pass, and puts on it the run that it was made in."""
 

@@ -58,7 +58,7 @@ class StepSnapshot:
     """A node, a branch (``build/api``), an iteration (``poll[2]``) or an undo (``undo:ship``) that has begun.
 
     `attempt` is the one that ended the step, or the one that runs or comes next. `snapshot` is what a suspended step
-    handed to ``Suspend``. `children` are its branches or iterations, in the order in which they finished.
+    handed to ``Suspend``. `children` are the steps, branches or iterations in it, in the order in which they finished.
     """
 
     step_id: str
@@ -105,6 +105,13 @@ class RunSnapshot:
     not_undone: tuple[str, ...] = ()
     children: tuple[RunSnapshot, ...] = ()
     retries: int = 0
+    revision: int = 0
+    """Raised by every change of the run."""
+    predecessor: uuid.UUID | None = None
+    """The run that went on as this one, by ``continue_as_new``."""
+    successor: uuid.UUID | None = None
+    """The run as which this one went on."""
+    forked_from: uuid.UUID | None = None
 
     @property
     def derived(self) -> str:

@@ -1,8 +1,9 @@
-"""Waiting for the end of runs: told by the database, with a look once a second in case that gets lost.
+"""Waiting for the end of runs, and for replies: told by the database, with a look once a second in case that gets lost.
 
 One connection an event loop listens. A waiter first makes sure of it, then registers, then looks, then waits: what ends
 after the look is told, what ended before it was seen. Behind a transaction pooler, or after a lost connection, the look
-alone serves. While a run is waited for, no connection of the pool is held.
+alone serves. While a run is waited for, no connection of the pool is held. A run that went on as another one
+(``continue_as_new``) is waited for there.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from psycopg_pool import PoolTimeout
 from durable.errors import RunNotFound
 from durable.store import read, sweep
 from durable.store.db import Connection, Store, connection_settings
-from durable.store.read import Outcome
+from durable.store.read import Answer, Outcome
 
 log = logging.getLogger(__name__)
 
 LOOK: Final = 1.0
 """Seconds between two looks at a run that nobody has told anything of."""
+WATCH: Final = 0.25
+"""Seconds between two looks at a run that is watched: its steps tell nobody."""
 PATIENCE: Final = 2.0
 """Seconds after which the log says why nothing may be happening."""
 
@@ -49,36 +52,51 @@ class Endings:
         self._next_try = 0.0
 
     async def outcome(self, run_id: uuid.UUID, timeout: float | None, *, uncommitted: bool = False) -> Outcome:
-        """How the run ended, once it has. Raises RunNotFound, unless its start may still commit; TimeoutError."""
-        now = asyncio.get_running_loop().time
-        began = now()
-        end = began + timeout if timeout is not None else float("inf")
+        """How the run ended, once it has, or the one that it went on as. Raises RunNotFound, unless its start may still
+        commit; TimeoutError."""
         found = await self._read(run_id)
-        hints = _Hints(run_id)
-        listened = -1
-        with self._waits(run_id) as told:
+        with self._waiter(run_id, timeout) as waiter:
             while found is None or not found.status.ended:
                 if found is None and not uncommitted:
                     raise RunNotFound(run_id)
-                if now() >= end:
+                if waiter.late:
                     raise TimeoutError(await self._why(run_id, timeout, found))
                 try:
-                    if (listening := await self._listen()) != listened:
-                        listened = listening
-                        async with self._borrow() as connection:
-                            await sweep.register_waiter(self._store, connection, run_id, self._id)
-                    else:
-                        with suppress(TimeoutError):
-                            await asyncio.wait_for(told.wait(), min(LOOK, max(end - now(), 0)))
-                    told.clear()
-                    found = await self._read(run_id)
-                    if now() - began >= PATIENCE:
-                        await self._hint(hints, found)
+                    at = found.id if found is not None else run_id
+                    await waiter.rest(at, LOOK)
+                    found = await self._read(at)
+                    await waiter.hint(found)
                 except LOST as error:
-                    hints.lost(error)
-                    listened = -1
-                    await asyncio.sleep(min(LOOK, max(end - now(), 0)))
+                    await waiter.lost(error)
         return found
+
+    async def answer(self, run_id: uuid.UUID, message_id: str, timeout: float) -> Answer:
+        """What became of a message that wants a reply: once it has one or can't get one any more, at the latest after
+        `timeout` seconds."""
+        found = await self._answer(run_id, message_id)
+        with self._waiter(run_id, timeout) as waiter:
+            while not (found.replied or found.too_late or waiter.late):
+                try:
+                    await waiter.rest(found.run.id, LOOK)
+                    found = await self._answer(found.run.id, message_id)
+                    await waiter.hint(found.run)
+                except LOST as error:
+                    await waiter.lost(error)
+        return found
+
+    async def change(self, run_id: uuid.UUID, seen: int) -> None:
+        """Until the run is at another revision than `seen`. Raises RunNotFound if it was deleted meanwhile."""
+        revision: int | None = seen
+        with self._waiter(run_id, None) as waiter:
+            while revision == seen:
+                try:
+                    await waiter.rest(run_id, WATCH)
+                    async with self._borrow() as connection:
+                        revision = await read.revision_of(self._store, connection, run_id)
+                except LOST as error:
+                    await waiter.lost(error)
+        if revision is None:
+            raise RunNotFound(run_id)
 
     async def close(self) -> None:
         """Stop listening."""
@@ -94,16 +112,28 @@ class Endings:
             except RunNotFound:
                 return None
 
+    async def _answer(self, run_id: uuid.UUID, message_id: str) -> Answer:
+        async with self._borrow() as connection:
+            return await read.answer(self._store, connection, run_id, message_id)
+
     @contextmanager
-    def _waits(self, run_id: uuid.UUID) -> Iterator[asyncio.Event]:
-        told = asyncio.Event()
-        self._waiting[run_id].add(told)
+    def _waiter(self, run_id: uuid.UUID, timeout: float | None) -> Iterator[_Waiter]:
+        waiter = _Waiter(self, run_id, timeout)
         try:
-            yield told
+            yield waiter
         finally:
+            self._forget(waiter.at, waiter.told)
+
+    def _forget(self, run_id: uuid.UUID, told: asyncio.Event) -> None:
+        if run_id in self._waiting:
             self._waiting[run_id].discard(told)
             if not self._waiting[run_id]:
                 del self._waiting[run_id]
+
+    async def _register(self, run_id: uuid.UUID, told: asyncio.Event) -> None:
+        self._waiting[run_id].add(told)
+        async with self._borrow() as connection:
+            await sweep.register_waiter(self._store, connection, run_id, self._id)
 
     # ---------------------------------------------------------------- being told
 
@@ -151,24 +181,71 @@ class Endings:
 
     # ---------------------------------------------------------------- saying why it takes long
 
-    async def _hint(self, hints: _Hints, found: Outcome | None) -> None:
-        if found is None:
-            hints.invisible()
-        elif not found.status.ended and not hints.said_unserved:
-            async with self._borrow() as connection:
-                hints.served(found.queue, await sweep.workers_alive(self._store, connection, found.queue))
-
     async def _why(self, run_id: uuid.UUID, timeout: float | None, found: Outcome | None) -> str:
         text = f"run {str(run_id)!r} has not ended within {timeout:g} s: "
         if found is None:
             return text + "its start is not committed yet, or was rolled back"
         with suppress(RunNotFound, *LOST):
             async with self._borrow() as connection:
-                snapshot = await read.snapshot(self._store, connection, run_id, children=0)
+                snapshot = await read.snapshot(self._store, connection, found.id, children=0)
             waits = f", {snapshot.derived.replace('_', ' ')}" if snapshot.derived != snapshot.status else ""
             about = f" {snapshot.waiting_name!r}" if snapshot.waiting_name else ""
             return f"{text}it is {snapshot.status.value}{waits}{about}. It goes on; ask again for its result"
         return f"{text}it was {found.status.value}"
+
+
+class _Waiter:
+    """One who waits for a run, and is patient while the database is away. `at` is the run whose news it waits for."""
+
+    def __init__(self, endings: Endings, run_id: uuid.UUID, timeout: float | None) -> None:
+        self._endings, self._hints = endings, _Hints(run_id)
+        self._now = asyncio.get_running_loop().time
+        self._began = self._now()
+        self._end = self._began + timeout if timeout is not None else float("inf")
+        self._listening: int | None = None  # with which connection it is registered
+        self.at, self.told = run_id, asyncio.Event()
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return self._now() >= self._end
+
+    async def rest(self, at: uuid.UUID, seconds: float) -> None:
+        """Until there may be something new of the run `at`, or for `seconds`. Look then: the first rest only makes sure
+        that there is somebody to tell, and so does the one after each time that it was told."""
+        listening = await self._endings._listen()
+        if at != self.at:
+            self._endings._forget(self.at, self.told)
+        if (at, listening) != (self.at, self._listening):
+            self.at, self._listening = at, listening
+            await self._endings._register(at, self.told)
+        else:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.told.wait(), self._at_most(seconds))
+        if self.told.is_set():
+            self.told.clear()
+            self._listening = None  # whoever is told is no longer registered
+
+    async def lost(self, error: BaseException) -> None:
+        """The database was away: register anew, after a pause."""
+        self._hints.lost(error)
+        self._listening = None
+        await asyncio.sleep(self._at_most(LOOK))
+
+    async def hint(self, found: Outcome | None) -> None:
+        """Say in the log why nothing may be happening, once it has taken long."""
+        if self._now() - self._began < PATIENCE:
+            return
+        if found is None:
+            self._hints.invisible()
+        elif not found.status.ended and not self._hints.said_unserved:
+            async with self._endings._borrow() as connection:
+                self._hints.served(
+                    found.queue, await sweep.workers_alive(self._endings._store, connection, found.queue)
+                )
+
+    def _at_most(self, seconds: float) -> float:
+        return min(seconds, max(self._end - self._now(), 0))
 
 
 class _Hints:

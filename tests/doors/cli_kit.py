@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pytest
 
+from durable import logs
 from durable.cli import main
 
 T = TypeVar("T")
@@ -66,6 +69,24 @@ class Cli:
         said = self("start", workflow, *words, "--import", FLOWS)
         assert said.code == 0, said.err
         return str(said.one["id"])
+
+
+@contextmanager
+def process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command line has a process for itself elsewhere: its logging, its environment, its sys.path."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in logs.CHATTY}
+    for name in ("DURABLE_DATABASE_URL", "DATABASE_URL", "DURABLE_EMBEDDED"):
+        monkeypatch.setenv(name, "")  # so that it is taken away afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
 
 
 def until(look: Callable[[], T], what: str) -> T:

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
 from tests.doors import cli_flows
-from tests.doors.cli_kit import FLOWS, ROOT, Cli
+from tests.doors.cli_kit import FLOWS, Cli, process_of_its_own
 
-from durable import AsyncDurable, Durable, logs, migrate
+from durable import AsyncDurable, Durable, migrate
 from durable.cli import COMMANDS
 
 
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command line has a process for itself elsewhere: its logging, its environment, its sys.path."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in logs.CHATTY}
-    for name in ("DURABLE_DATABASE_URL", "DATABASE_URL", "DURABLE_EMBEDDED"):
-        monkeypatch.setenv(name, "")  # so that it is taken away afterwards
-        monkeypatch.delenv(name)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
+    with process_of_its_own(monkeypatch):
+        yield
 
 
 @pytest.fixture
@@ -366,6 +354,56 @@ def test_a_dsn_is_never_ignored(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
     assert said.code == 2
     assert "--dsn is not for" in said.err
     assert cli.plain("status", RUN, "--app", f"{FLOWS}:app").code == 1
+
+
+# ---------------------------------------------------------------- fork and watch
+
+
+def test_fork_goes_on_from_a_step(cli: Cli) -> None:
+    run = cli.start("hello", '{"name": "Ada"}')
+    work(cli.dsn)
+    said = cli("fork", run, "--from", "greet", "--input", '{"name": "Bo"}', "--import", FLOWS)
+    assert said.code == 0, said.err
+    fork = said.one["id"]
+    assert said.one["forked_from"] == run
+    work(cli.dsn)
+    assert cli("status", fork).one["results"] == {"greet": "hello Bo"}
+    assert cli("status", fork).one["forked_from"] == run
+    assert f"forked from  {run}" in cli("status", fork, "-o", "table").out
+    assert cli("status", run).one["results"] == {"greet": "hello Ada"}
+    table = cli("fork", run, "-o", "table")
+    assert uuid.UUID(table.out.strip()) not in (uuid.UUID(run), uuid.UUID(fork))
+
+
+def test_fork_says_what_is_wrong(cli: Cli) -> None:
+    run = cli.start("hello", '{"name": "Ada"}')
+    work(cli.dsn)
+    for words, code, why in (
+        ((run, "--from", "nothing"), 2, "'greet'"),
+        ((run, "--input", "{", "--import", FLOWS), 2, "not JSON"),
+        ((run, "--input", "{}", "--import", FLOWS), 2, "the input of workflow 'hello'"),
+        ((str(uuid.uuid4()),), 1, "there is no run"),
+    ):
+        said = cli("fork", *words)
+        assert (said.code, said.out) == (code, "")
+        assert why in said.err
+
+
+def test_watch_shows_the_run_until_it_has_ended(cli: Cli) -> None:
+    done, failed = cli.start("hello", '{"name": "Ada"}'), cli.start("failing")
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work, cli.dsn)
+        said = cli("watch", done)
+        working.result()
+    assert said.code == 0
+    assert said.lines[-1]["results"] == {"greet": "hello Ada"}
+    assert {line["id"] for line in said.lines} == {done}
+    assert cli("watch", failed).code == 1
+    table = cli("watch", done, "-o", "table")
+    assert table.code == 0
+    assert done in table.out
+    assert "completed" in table.out
+    assert cli("watch", str(uuid.uuid4())).code == 1
 
 
 # ---------------------------------------------------------------- help

@@ -70,7 +70,7 @@ def test_a_worker_says_what_it_serves_works_and_ends_in_order(
     out, err = worker.communicate(timeout=LIMIT)
     assert worker.returncode == 0
     served = [json.loads(line) for line in out.splitlines()]
-    assert {"workflow": "hello", "version": "1", "nodes": 1} in served
+    assert {"workflow": "hello", "version": "1", "kind": "builder", "nodes": 1} in served
     assert len(served) == 4
     records = [json.loads(line) for line in err.splitlines()]
     (mine,) = [record for record in records if record["message"] == "from the handler"]
@@ -87,6 +87,7 @@ def test_a_sync_app_and_imports_are_served_too(app: Durable, dsn: str, processes
     assert processes[0].wait(LIMIT) == 0
 
 
+@pytest.mark.behaviour("RA-20")
 def test_a_step_that_does_not_end_is_handed_back_after_the_grace_time(
     app: Durable, dsn: str, processes: list[subprocess.Popen[str]]
 ) -> None:

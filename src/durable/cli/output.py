@@ -7,7 +7,7 @@ import json
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -107,6 +107,17 @@ def show_run(run: RunSnapshot) -> None:
         show_runs(run.children)
 
 
+def show_change(run: RunSnapshot) -> None:
+    """A line of a run that is watched: when it was seen, and how it stood."""
+    from rich.text import Text
+
+    _print(
+        Text("  ").join(
+            [Text(_time(datetime.now(UTC))), Text(str(run.id)), _state(run), Text(f"step {_progress(run)}")]
+        )
+    )
+
+
 def show_history(events: Iterable[HistoryEvent]) -> None:
     table = _table("when", "what", "step", "attempt", "")
     for event in events:
@@ -131,6 +142,12 @@ def _facts(run: RunSnapshot) -> Iterable[tuple[str, Any]]:
         yield "tags", _payload(dict(run.tags))
     if run.parent_id:
         yield "parent", f"{run.parent_id}, step {printable(run.parent_step or '')}"
+    if run.forked_from:
+        yield "forked from", str(run.forked_from)
+    if run.predecessor:
+        yield "went on from", str(run.predecessor)
+    if run.successor:
+        yield "goes on as", str(run.successor)
     yield "input", _payload(run.input)
     yield "created", _time(run.created_at)
     if run.started_at:

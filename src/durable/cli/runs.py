@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -14,6 +15,7 @@ from durable.cli.reading import duration, json_value, tags
 from durable.durable import AsyncDurable
 from durable.errors import RunCanceled, RunFailed
 from durable.snapshots import RunSnapshot
+from durable.values import Status
 
 PAGE = 500
 
@@ -189,6 +191,58 @@ async def list_runs(
         if after is not None:
             print(f"there are more: --after {after}", file=sys.stderr)
         return DONE
+
+
+async def watch(run: str, /, *, shared: Shared = Shared()) -> int:  # noqa: B008
+    """Show a run now, and again after each change, until it has ended: a line each.
+
+    The exit code is the run's: 0 completed, 1 failed or canceled.
+
+    Parameters
+    ----------
+    run
+        Its id.
+    """
+    async with opened(shared) as app, aclosing(app.watch(run)) as snapshots:
+        last = None
+        async for last in snapshots:
+            if shared.json:
+                output.print_json(last)
+            else:
+                output.show_change(last)
+        assert last is not None  # or it would not have been found
+        return DONE if last.status is Status.COMPLETED else FAILED
+
+
+async def fork(
+    run: str,
+    /,
+    *,
+    from_step: Annotated[str | None, Parameter(name="--from")] = None,
+    input: Json = None,  # noqa: A002
+    shared: Shared = Shared(),  # noqa: B008
+) -> int:
+    """Start a run that has passed what this one had passed when it came to a step, and goes on from there.
+
+    Prints the new run's id. The run itself stays as it is. Exits 2 if it has no such step, or can't be taken up there.
+
+    Parameters
+    ----------
+    run
+        The run's id.
+    from_step
+        A step, as `durable status RUN` shows it; all of a loop or a parallel runs again. Default: everything does.
+    input
+        Another input: JSON; @FILE reads it from a file, - from standard input. Checked if the workflow is known here.
+    """
+    given = json_value(input, "the input")
+    async with opened(shared) as app:
+        new = await app.fork(run, from_step, given)
+    if shared.json:
+        output.print_json({"id": new.id, "forked_from": run})
+    else:
+        print(new.id)
+    return DONE
 
 
 async def history(run: str, /, *, shared: Shared = Shared()) -> int:  # noqa: B008

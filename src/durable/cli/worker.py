@@ -101,7 +101,9 @@ def _must_serve_something(app: AsyncDurable) -> None:
 def _print_workflows(app: AsyncDurable, *, as_json: bool) -> None:
     for workflow in app.registry:
         if as_json:
-            output.print_json({"workflow": workflow.name, "version": workflow.version, "nodes": len(workflow.nodes)})
+            served: dict[str, Any] = {"workflow": workflow.name, "version": workflow.version}
+            kind = "builder" if workflow.body is None else "function"
+            output.print_json(served | {"kind": kind, "nodes": len(workflow.nodes) if workflow.body is None else None})
         else:
             print(f"serving {printable(workflow.name)}, version {printable(workflow.version)}")
     sys.stdout.flush()

@@ -23,18 +23,20 @@ from durable.engine import recover
 from durable.engine.points import Hook, Point, nothing
 from durable.portal import Portal
 from durable.store import sweep as queries
+from durable.testing.crashes import WHEN, Crash, When
+from durable.testing.histories import History
 from durable.worker.jobs import LastingJobManager
 from durable.worker.session import Session, open_session
 
 if TYPE_CHECKING:
-    from durable.durable import AsyncDurable, Durable
+    from durable.durable import AsyncDurable, Durable, Handle
 
 PATIENCE: Final = 30.0
 """Seconds after which a drain that comes to no end says so."""
 
 
 class SimulatedCrash(BaseException):
-    """Raised inside the engine where `drain(max_steps=)` stops it: nothing after it is committed."""
+    """Raised inside the engine where `drain(max_steps=)` or `crash_at` stops it: nothing after it is committed."""
 
 
 class AsyncHarness:
@@ -46,6 +48,7 @@ class AsyncHarness:
         self._stack = AsyncExitStack()
         self._session: Session | None = None
         self._limit: int | None = None
+        self._crashes: list[Crash] = []
         self._crashed = False
 
     async def __aenter__(self) -> Self:
@@ -56,6 +59,9 @@ class AsyncHarness:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._close()
+        if error is None and self._crashes:
+            missed = ", ".join(map(str, self._crashes))
+            raise AssertionError(f"the worker did not come to where it was to die: {missed}")
 
     async def drain(self, *, max_steps: int | None = None) -> int:
         """Run everything that can run now; return when every run is finished or parked.
@@ -72,6 +78,26 @@ class AsyncHarness:
         except SimulatedCrash:
             await self._crash()
         return session.engine.journaled - before
+
+    def crash_at(self, step: str, *, when: When = "before_commit") -> None:
+        """The worker dies the next time that it comes to `step`, as by a ``kill -9``; once. That ends the `drain` in
+        which it happens, and the next one is another worker, which takes over.
+
+        `step` is its id as `status` shows it: ``"charge#2"``, ``"build/api"``, ``"poll[3]/ask"``, ``"undo:charge"``.
+
+        - ``before_handler``: the handler has not begun.
+        - ``after_handler``, ``before_commit``: it has ended, and nothing of that is recorded: it will run again.
+        - ``after_commit``: how it ended is recorded, but nobody goes on yet.
+
+        Raises AssertionError at the end of the harness if it never came to that.
+        """
+        if when not in WHEN:
+            raise ValueError(f"when={when!r}: one of {', '.join(WHEN)}")
+        self._crashes.append(Crash(step, WHEN[when]))
+
+    async def history(self, run: Handle) -> History:
+        """What happened to a run, for asserts. Raises RunNotFound."""
+        return History(await self._app.history(run))
 
     async def skip(self, by: timedelta | None = None, **units: float) -> None:
         """Move the engine's clock ahead: ``skip(timedelta(days=3))`` or ``skip(days=3)``."""
@@ -90,6 +116,7 @@ class AsyncHarness:
             await recover.put_back_known(engine, engine.registry.known())
             while (job := await manager.fetch_job([queue], manager.worker)) is not None:
                 await self._perform(session, job)
+            await engine.deliverer.deliver_due()  # first: hooks may leave something to do
             async with engine.pool.connection() as connection:
                 if await queries.idle(engine.store, connection, queue):
                     return
@@ -101,11 +128,19 @@ class AsyncHarness:
         assert isinstance(manager, LastingJobManager)
         await manager.done(job)
 
-    def _stop_at_limit(self, point: Point, what: str) -> None:
+    def _stop_here(self, point: Point, what: str) -> None:
         self._at(point, what)
-        if self._crashed or self._limit_reached(point):
+        if self._crashed or self._limit_reached(point) or self._to_die_at(point):
             self._crashed = True
             raise SimulatedCrash
+
+    def _to_die_at(self, point: Point) -> bool:
+        written = self._session.engine.latest if self._session is not None else None
+        for crash in self._crashes:
+            if crash.strikes(point, written):
+                self._crashes.remove(crash)
+                return True
+        return False
 
     def _limit_reached(self, point: Point) -> bool:
         if self._limit is None or self._session is None or point is not Point.AFTER_COMMIT:
@@ -114,8 +149,8 @@ class AsyncHarness:
 
     async def _open(self) -> Session:
         if self._session is None:
-            options = replace(self._app.options, concurrency=1)
-            session = open_session(self._app, options, handlers_app=self._handlers_app, at=self._stop_at_limit)
+            options = replace(self._app.options, concurrency=1, nap_seconds=0.0)
+            session = open_session(self._app, options, handlers_app=self._handlers_app, at=self._stop_here)
             self._session = await self._stack.enter_async_context(session)
             await self._session.queue.job_manager.register_worker()
         return self._session
@@ -166,3 +201,11 @@ class Harness:
     def skip(self, by: timedelta | None = None, **units: float) -> None:
         """Move the engine's clock ahead: ``skip(timedelta(days=3))`` or ``skip(days=3)``."""
         self._portal.call(self._harness.skip, by, **units)
+
+    def crash_at(self, step: str, *, when: When = "before_commit") -> None:
+        """The worker dies the next time that it comes to `step`: see :meth:`AsyncHarness.crash_at`."""
+        self._harness.crash_at(step, when=when)
+
+    def history(self, run: Handle) -> History:
+        """What happened to a run, for asserts. Raises RunNotFound."""
+        return self._portal.call(self._harness.history, run)
