@@ -37,7 +37,7 @@ def test_the_demo_kills_a_worker_its_books_add_up_and_it_can_be_played_again(dsn
     assert sum(facts["endings"].values()) == ORDERS
     assert facts["endings"]["completed"] > ORDERS / 2
 
-    again = perform("--seed", "7", dsn=dsn)
+    again = perform("--seed", "7", "--function", dsn=dsn)
     assert again.returncode == 0, again.stderr + again.stdout
     assert "The books add up." in again.stdout
     assert "kill -9" in again.stdout
@@ -46,6 +46,8 @@ def test_the_demo_kills_a_worker_its_books_add_up_and_it_can_be_played_again(dsn
     out, _ = listing.communicate(timeout=LIMIT)
     assert len(out.splitlines()) == ORDERS
     with psycopg.connect(dsn) as connection:
+        versions = "select version, count(*)::int from durable.runs where workflow = 'order' group by 1 order by 1"
+        assert connection.execute(versions).fetchall() == [("1", ORDERS), ("2", ORDERS)]
         assert audit(connection, facts["batch"]) == []
         charged = "select count(*) from orders.payments where batch = %s and kind = 'charge'"
         assert connection.execute(charged, [facts["batch"]]).fetchone() != (0,)

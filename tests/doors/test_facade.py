@@ -168,7 +168,7 @@ def test_an_unknown_workflow(app: Durable) -> None:
     with pytest.raises(WorkflowNotRegistered, match="stranger"):
         app.start(define("stranger").step("a", charge))
     with pytest.raises(WorkflowNotRegistered):
-        app.start(charge)  # type: ignore[arg-type]
+        app.start(charge)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from durable import (
     DefinitionError,
     Durable,
     HistoryDiverged,
+    Retry,
     StepFailed,
     WorkflowNotRegistered,
     define,
@@ -431,16 +432,42 @@ def test_wrong_usage(cli: Cli, code: Callable[..., str], words: tuple[str, ...],
 # ---------------------------------------------------------------- runs at odd places
 
 
-def test_a_rollback_in_the_middle(dsn: str) -> None:
+@pytest.mark.parametrize(("step", "status"), [("both/a/note", "running"), ("undo:note", "compensating")])
+def test_a_run_whose_worker_has_died(dsn: str, step: str, status: str) -> None:
     rolled_back = next(w for w in WORKFLOWS if w.name == "rolled_back")
     with Durable(dsn, workflows=WORKFLOWS) as app, Harness(app) as t:
         run = app.start(rolled_back)
-        t.crash_at("undo:note")
+        t.crash_at(step)
         t.drain()
-        assert run.status().status == "compensating"
         (verdict,) = asyncio.run(of_database(dsn))
-        assert (verdict.fit, verdict.run.id) == (Fit.OK, run.id)
+        assert (verdict.fit, verdict.run.status, verdict.run.id) == (Fit.OK, status, run.id)
         t.drain()
+
+
+@pytest.mark.parametrize(("first", "fit"), [("one", Fit.OK), ("other", Fit.DIVERGED)])
+def test_a_block_that_is_tried_again_is_looked_into(dsn: str, first: str, fit: Fit) -> None:
+    """Although the engine does not, before its time has come."""
+
+    def made(name: str) -> Any:
+        async def around(c: Context) -> None:
+            await c.step(note, 1, name=name)
+            await c.step(failing, retry=1)
+
+        @workflow(name="trying")
+        async def trying(ctx: Context) -> None:
+            await ctx.block("around", around, retry=Retry(initial=60))
+
+        return trying
+
+    async def failing() -> None:
+        raise ConnectionError
+
+    with Durable(dsn, workflows=[made("one")]) as app, Harness(app) as t:
+        run = app.start("trying")
+        t.drain()
+        assert run.status().derived == "retrying"
+    (verdict,) = asyncio.run(of_database(dsn, made(first)))
+    assert verdict.fit is fit
 
 
 def test_a_run_that_has_failed_by_a_fault_is_as_it_was(dsn: str) -> None:

@@ -42,11 +42,22 @@ def _died_in_body(view: View, now: datetime, limits: Limits) -> Transition | Non
     if (asked := control.apply_next(view, now)) is not None:
         return asked
     if view.run.status is Status.COMPENSATING:
-        target = undo.next_target(view)
-        return charge(view, now, limits, [target.undo_id]) if target is not None and not target.child else None
+        return _died_in_rollback(view, now, limits)
     if view.run.status.ended or view.run.status is Status.PAUSED:
         return None
     return suspect(view, now, limits)
+
+
+def _died_in_rollback(view: View, now: datetime, limits: Limits) -> Transition | None:
+    """The compensator that was to run is charged; what needs no user code is decided here."""
+    target = undo.compensator(view)
+    if target is None:
+        decided = undo.plan(view, now, limits, frozenset())
+        assert not isinstance(decided, Call | Fanout)
+        return decided
+    begun = view.run.frame.get(target.undo_id, NOT_BEGUN)
+    waits = begun.due is not None and begun.due > now
+    return None if waits else charge(view, now, limits, [target.undo_id])
 
 
 def claimed(view: View, now: datetime, claim: Claim, calls: tuple[Call, ...]) -> Transition:

@@ -68,7 +68,8 @@ def settle(view: View, ended: Ended, limits: Limits) -> Transition:
 def step_ended(view: View, now: datetime, limits: Limits, call: Call, entry: Entry) -> Transition:
     """A step has ended, well or badly: its entry, and all that follows from it without user code.
 
-    One that shares its claim with others only writes its entry: the claim's owner plans on.
+    One that shares its claim with others only writes its entry: the claim's owner plans on. So does one that a crash is
+    charged to: should the body kill the worker behind it, that must not be charged to this step again.
     """
     view = with_body(view)
     assert view.body is not None
@@ -76,6 +77,8 @@ def step_ended(view: View, now: datetime, limits: Limits, call: Call, entry: Ent
     frame = without(view.run, entry.step_id)
     if call.shares and view.run.claim is not None:
         return move(view, now, view.run.status, frame=frame, waiting_for=None)
+    if call.crashes:
+        return move(view, now, Status.RUNNING, frame=frame, claim=None)
     passed = _with_entry(view, entry)
     decided = plan(passed, now, limits)
     if not isinstance(decided, Transition):
@@ -92,7 +95,7 @@ def _with_entry(view: View, entry: Entry) -> View:
 def defer(view: View, ended: Ended) -> View | None:
     """With an ephemeral step that has succeeded, `view` with its entry, which is written with the next transition; None
     for any other outcome. Its run stays locked meanwhile."""
-    if not (ended.call.ephemeral and isinstance(ended.outcome, Succeeded)):
+    if not (ended.call.ephemeral and isinstance(ended.outcome, Succeeded)) or ended.call.crashes:
         return None
     view, entry = with_body(view), _entry(view, ended, ended.outcome.value)
     assert view.body is not None

@@ -59,6 +59,15 @@ def next_target(view: View) -> Target | None:
     return next((t for t in targets(view) if cursor is None or t.entry.seq < cursor), None)
 
 
+def compensator(view: View) -> Target | None:
+    """What the rollback is to undo now by user code; None: what it does next needs none."""
+    ending = view.run.ending
+    assert ending is not None
+    target = next_target(view)
+    needs_none = target is None or target.child or ending.stop or _open_child(view) is not None
+    return None if needs_none else target
+
+
 def undone(view: View, now: datetime, target: Target, failure: Failure | None = None, **write: Any) -> Transition:
     """The compensator of `target` ended, well or for good with `failure`: journal it, move the cursor down."""
     begun = view.run.frame.get(target.undo_id)

@@ -79,7 +79,7 @@ def step(handler: H, /) -> H: ...
 def step(
     *,
     retry: Retry | int | Unset | None = UNSET,
-    compensate: Handler | Unset | None = UNSET,
+    compensate: Callable[..., Any] | Unset | None = UNSET,
     timeout: Seconds | Unset | None = UNSET,
     transactional: bool | Unset | None = UNSET,
     at_most_once: bool | Unset = UNSET,
@@ -89,7 +89,8 @@ def step(handler: Any = UNSET, /, **options: Any) -> Any:
     """Attach options to a handler where it is defined; options at the call win. Returns the handler itself.
 
     - `retry`: a :class:`Retry`, or the number of attempts. Default: 3 attempts, exponential from 1 s.
-    - `compensate`: undoes the step when the run is rolled back; may carry ``@step`` options of its own.
+    - `compensate`: undoes the step when the run is rolled back; may carry ``@step`` options of its own. Of a builder's
+      step a function of the context, of a body's step ``compensate([ctx,] output, *args)``.
     - `timeout`: seconds (or a timedelta) that one attempt may take. Default: no limit.
     - `transactional`: True: the step keeps the run's transaction to its end (limit 30 s); False: never in it; None: it
       holds it while it is short.

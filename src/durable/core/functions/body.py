@@ -133,9 +133,10 @@ class Body:
         undone: list[tuple[int, int]] = []
         for entry in self.journal.values():
             if entry.kind is EntryKind.ROLLBACK and entry.extra:
-                checkpoint = entry.extra["to"]
-                self.epochs.setdefault(checkpoint, []).append(entry.extra["epoch"])
-                undone.append((self.journal[checkpoint].seq, entry.seq))
+                checkpoint = self.journal.get(entry.extra["to"])
+                self.epochs.setdefault(entry.extra["to"], []).append(entry.extra["epoch"])
+                if checkpoint is not None:  # else pruned, with the iteration that it was in
+                    undone.append((checkpoint.seq, entry.seq))
         steps = (e for e in self.journal.values() if e.kind not in _MARKERS and not _between(e, undone))
         begun = (key for key in self.frame if not key.startswith(("undo:", "run:")))
         self._unvisited = dict.fromkeys([*(entry.step_id for entry in steps), *begun])

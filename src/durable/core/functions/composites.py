@@ -22,7 +22,7 @@ from durable.core.functions.values import All, Failures, First, MapResults, Poli
 from durable.core.state import Entry, EntryKind, Failure
 from durable.define.payload import Schema
 from durable.define.retry import Retry
-from durable.errors import DefinitionError, PayloadError
+from durable.errors import ChildFailed, DefinitionError, PayloadError
 from durable.values import Break, Canceled, ContinueAsNew, JsonText, Rollback
 
 if TYPE_CHECKING:
@@ -571,7 +571,7 @@ class MapCommand(Operation[MapResults[T]]):
         return Raised(errors.branches_failed(self.kind, self.key, told, len(self.items)))
 
     def _results(self) -> Returned:
-        failures = {place: errors.failure(error) for place, error in self.failures.items()}
+        failures = {place: error for place, error in self.failures.items() if isinstance(error, ChildFailed)}
         if isinstance(self.policy, First):
             first = sorted(self.finished)[: self.policy.enough]
             return Returned(MapResults([self.finished[place] for place in first], self.finished, failures))

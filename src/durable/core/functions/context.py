@@ -32,7 +32,7 @@ from durable.define.payload import ANY, LAST_YEAR, Schema
 from durable.define.retry import Retry
 from durable.define.steps import default_name, step_work
 from durable.errors import DefinitionError, PayloadError
-from durable.values import Break, ContinueAsNew
+from durable.values import Break, ContinueAsNew, Suspend
 
 if TYPE_CHECKING:
     from durable.core.functions.scope import Scope
@@ -84,9 +84,9 @@ class Context:
     # ---------------------------------------------------------------- steps
 
     @overload
-    def step(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **options: Any) -> Operation[T]: ...
+    def step(self, fn: Callable[..., Awaitable[T | Suspend]], /, *args: Any, **options: Any) -> Operation[T]: ...
     @overload
-    def step(self, fn: Callable[..., T], /, *args: Any, **options: Any) -> Operation[T]: ...
+    def step(self, fn: Callable[..., T | Suspend], /, *args: Any, **options: Any) -> Operation[T]: ...
     def step(
         self,
         fn: Callable[..., Any],
@@ -381,7 +381,7 @@ class Context:
             raise scope.fault(DefinitionError(f"{scope.place}: ctx.checkpoint belongs outside of branches"))
         return CheckpointCommand(scope, scope.key(None, name, what="ctx.checkpoint"), name)
 
-    def removed(self, name: str, kind: str) -> _Done:
+    def removed(self, name: str, kind: str) -> Any:  # _Done: to be awaited or not, as one likes
         """Says that the code had an operation of this name and kind here (``step``, ``sleep``, ``join`` ...), which
         runs in flight may have journaled. Needs no await."""
         kinds = sorted(k.value for k in REMOVABLE)

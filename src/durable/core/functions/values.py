@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from durable.errors import DefinitionError
+from durable.errors import ChildFailed, DefinitionError
 
 if TYPE_CHECKING:
     from durable.core.functions.commands import Operation
@@ -93,10 +93,13 @@ Policy: TypeAlias = All | Failures | First
 class MapResults(list[T | None], Generic[T]):
     """The results of ``ctx.map``, in the order of the items; None where an item failed or was not needed.
 
-    `failures`: the recorded error of each item that failed, by its place. `finished`: the results of the others.
+    `failures`: how each item failed, by its place; ``failures[7].error`` is the recorded error of its run. `finished`: the
+    results of the others.
     """
 
-    def __init__(self, results: Iterable[T | None], finished: Mapping[int, T], failures: Mapping[int, Any]) -> None:
+    def __init__(
+        self, results: Iterable[T | None], finished: Mapping[int, T], failures: Mapping[int, ChildFailed]
+    ) -> None:
         super().__init__(results)
         self.finished, self.failures = dict(finished), dict(failures)
 
