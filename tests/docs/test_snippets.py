@@ -6,6 +6,7 @@ A block is marked by its info string: ``python run`` begins a program, ``python 
 
 from __future__ import annotations
 
+import ast
 import sys
 import types
 from pathlib import Path
@@ -50,9 +51,10 @@ def test_runs(
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_compiles(block: Block) -> None:
-    """A block that begins with a dot is a piece of a builder's chain."""
+    """A block that begins with a dot is a piece of a builder's chain; one that awaits, of an async function."""
     is_chain = block.body.startswith(".")
-    compile(f"(app\n{block.body})" if is_chain else block.body, str(block), "exec", dont_inherit=True)
+    body = f"(app\n{block.body})" if is_chain else block.body
+    compile(body, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
 
 
 def test_info_strings_are_known() -> None:

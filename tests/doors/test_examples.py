@@ -54,6 +54,20 @@ def rows(dsn: str, query: str) -> list[Any]:
         return connection.execute(query.encode()).fetchall()
 
 
+def run_example(name: str, *words: str, dsn: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    """``python -m examples.NAME`` in the root of the repository, and what is typed there."""
+    return subprocess.run(
+        [sys.executable, "-m", f"examples.{name}", *words],
+        cwd=ROOT,
+        env={"DURABLE_DATABASE_URL": dsn, "THINKING": "0"},
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+
+
 def flat(steps: Sequence[StepSnapshot]) -> dict[str, StepSnapshot]:
     return {found.step_id: found for step in steps for found in (step, *flat(step.children).values())}
 
@@ -98,11 +112,7 @@ def test_an_agent_that_may_not(app: Durable, dsn: str, monkeypatch: pytest.Monke
 
 
 def test_an_agent_on_a_terminal(dsn: str) -> None:
-    command = [sys.executable, "-m", "examples.agent", QUESTION]
-    known = {"DURABLE_DATABASE_URL": dsn, "PATH": "", "PYTHONPATH": str(ROOT), "THINKING": "0"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=known, input="y\n", capture_output=True, text=True, timeout=LIMIT, check=False
-    )
+    done = run_example("agent", QUESTION, dsn=dsn, said="y\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("49.00 were given back, approved by you. The customer knows.\n")
 
@@ -153,6 +163,14 @@ def test_rows_are_loaded_exactly_once_and_bad_ones_reported(dsn: str, tmp_path: 
     with psycopg.connect(dsn) as connection:
         assert counted(connection, path.name) == (140, 140)
     assert dict(rows(dsn, "select line, reason from etl.rejected")) == report.rejected
+
+
+def test_the_same_file_again_is_the_same_run(dsn: str, tmp_path: Path) -> None:
+    path = some_lines(tmp_path, every=15)
+    first, again = run_example("etl", str(path), dsn=dsn), run_example("etl", str(path), dsn=dsn)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith("146 lines: 140 loaded, 6 rejected; the table has 140 rows\n")
+    assert again.stdout == first.stdout
 
 
 def test_too_many_bad_rows(dsn: str, tmp_path: Path) -> None:

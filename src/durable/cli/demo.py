@@ -15,6 +15,7 @@ async def demo(
     orders: int = 300,
     seed: int = 0,
     processes: int = 2,
+    function: Annotated[bool, Parameter(negative=())] = False,
     fresh: Annotated[bool, Parameter(negative="--keep", show_default=False)] = False,
     where: Where = Where(),  # noqa: B008  # frozen
 ) -> int:
@@ -30,6 +31,8 @@ async def demo(
         In which order they come in; the same one is the same order.
     processes
         How many workers; one of them is killed.
+    function
+        Take the workflow that is written as an async function, instead of the list of nodes.
     fresh
         Begin with an empty database (the embedded one only); --keep: leave what is there.
     """
@@ -43,6 +46,7 @@ async def demo(
         orders=orders,
         seed=seed,
         processes=processes,
+        function=function,
         fresh=fresh,
         json=where.output == "json",
     )

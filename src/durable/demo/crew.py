@@ -41,7 +41,8 @@ class Crew:
     """Those who work. They end with the block, and with this process, however that ends."""
 
     def __init__(self, dsn: str, schema: str) -> None:
-        self._command = [sys.executable, "-m", "durable.cli", "worker", "--import", "durable.demo.orders"]
+        self._command = [sys.executable, "-m", "durable.cli", "worker"]
+        self._command += ["--import", "durable.demo.orders", "--import", "durable.demo.function"]
         self._command += ["--schema", schema, "--log-level", "warning", "--grace", f"{GRACE / 3:.0f}s"]
         self._environment = os.environ | {"DURABLE_DATABASE_URL": dsn, "DURABLE_EMBEDDED": "auto"}
         self._lifeline, self._held = os.pipe()

@@ -1,6 +1,6 @@
 """The demo: orders come in, two workers execute them, one is killed in the middle, and the books are audited.
 
-What happens to the orders is in ``orders.py``. This is what happens around them.
+What happens to the orders is in ``orders.py``, and once more in ``function.py``. This is what happens around them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import sql
 
-from durable.demo import orders, shop
+from durable.demo import function, orders, shop
 from durable.demo.audit import Finding, audit
 from durable.demo.crew import Crew, Hand
 from durable.demo.look import Look, Standing
@@ -45,6 +45,7 @@ class Play:
     orders: int = 300
     seed: int = 0
     processes: int = 2
+    function: bool = False
     fresh: bool = False
     json: bool = False
 
@@ -68,7 +69,7 @@ class Outcome:
 
 async def perform(play: Play) -> int:
     """All of it; returns the exit code."""
-    async with AsyncDurable(play.dsn, schema=play.schema, workflows=[orders.order]) as app:
+    async with AsyncDurable(play.dsn, schema=play.schema, workflows=[orders.order, function.order]) as app:
         await _prepare(app, play)
         with screen(json=play.json) as view:
             view.say(f"{app.database}, schema {app.schema}")
@@ -152,7 +153,8 @@ class _Demo:
             )
             for order in given
         ]
-        return len(await self._app.start_many(orders.order, starts))
+        kind = function.order if self._play.function else orders.order
+        return len(await self._app.start_many(kind, starts))
 
     # ---------------------------------------------------------------- the workers
 
