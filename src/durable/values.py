@@ -37,9 +37,7 @@ class Status(StrEnum):
 _S = Status
 MOVES: Final[Mapping[Status, frozenset[Status]]] = {
     # The first transition of a run carries it through `running`, so it may leave `pending` to where that leads.
-    _S.PENDING: frozenset(
-        {_S.RUNNING, _S.SUSPENDED, _S.PAUSED, _S.COMPENSATING, _S.COMPLETED, _S.FAILED, _S.CANCELED}
-    ),
+    _S.PENDING: frozenset({_S.RUNNING, _S.SUSPENDED, _S.PAUSED, _S.COMPENSATING, _S.COMPLETED, _S.FAILED, _S.CANCELED}),
     _S.RUNNING: frozenset({_S.SUSPENDED, _S.PAUSED, _S.COMPENSATING, _S.COMPLETED, _S.FAILED, _S.CANCELED}),
     _S.SUSPENDED: frozenset({_S.RUNNING, _S.PAUSED, _S.COMPENSATING, _S.COMPLETED, _S.FAILED, _S.CANCELED}),
     _S.PAUSED: frozenset({_S.RUNNING, _S.SUSPENDED, _S.COMPENSATING, _S.FAILED, _S.CANCELED}),

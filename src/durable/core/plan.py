@@ -32,7 +32,7 @@ def plan(view: View, now: datetime, limits: Limits, running: frozenset[str] = NO
     if run.status.ended or run.status is Status.PAUSED:
         return None
     if run.ending is not None:
-        return None if running else _canceled(view, now, limits)
+        return _canceled(view, now, limits, running)
     if run.pausing:
         return None if running else control.paused(view, now)
     if run.waiting_for is WaitingFor.START and run.wake_at is not None and run.wake_at > now:
@@ -53,10 +53,12 @@ def _forward(view: View, now: datetime, limits: Limits, running: frozenset[str])
     return functions.forward(view, now, limits, running)
 
 
-def _canceled(view: View, now: datetime, limits: Limits) -> Decision:
-    """A cancel has ended the handlers: the body cleans up, then the rollback begins, or the run ends."""
+def _canceled(view: View, now: datetime, limits: Limits, running: frozenset[str]) -> Decision:
+    """A cancel ends the handlers; then the body cleans up; then the rollback begins, or the run ends."""
     run = view.run
     assert run.ending is not None
+    if running and (run.ending.until is None or run.ending.until <= now):
+        return None
     if not run.cleanup:
         return control.begin_rollback(view, now)
     if view.workflow is None:
@@ -65,7 +67,7 @@ def _canceled(view: View, now: datetime, limits: Limits) -> Decision:
         return cancel.begin(view, now)
     if run.ending.until <= now:
         return cancel.cleaned_up(view, now)
-    return functions.forward(view, now, limits, NOTHING_RUNS, canceling=True)
+    return functions.forward(view, now, limits, running, canceling=True)
 
 
 def go_on(view: View, now: datetime) -> Transition:

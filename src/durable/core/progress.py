@@ -142,8 +142,10 @@ def _deliverable(inbox: Iterable[Message], names: Collection[str], until: dateti
 
 
 def begin_child(view: View, key: str, workflow: Workflow, given: JsonText, now: datetime) -> Progress:
-    """Start it: in this transaction, with an id of which there is one."""
-    child = child_id(view.run.id, key, view.run.retries)
+    """Start it: in this transaction, with an id of which there is one: another for each try of a block around it."""
+    around = sorted((k, begun.attempts) for k, begun in view.run.frame.items() if key.startswith(f"{k}/"))
+    tries = "".join(f" {block}:{attempts}" for block, attempts in around if attempts)
+    child = child_id(view.run.id, f"{key}{tries}", view.run.retries)
     start = ChildStart(child, workflow.name, workflow.version, given, key)
     return Progress(begun=Begun(since=now, waits=WaitingFor.CHILD, child=child), child=start)
 

@@ -231,7 +231,12 @@ Decision: TypeAlias = Transition | Call | Fanout | None
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the engine, not the workflow, allows. `chance` is a fresh random number in [0, 1) for the jitter."""
+    """What the engine, not the workflow, allows. `chance` is a fresh random number in [0, 1) for the jitter.
+
+    `watching`: this process executes a step that was running in crashes. So that it is not charged with another's, no
+    body that may have been the killer is driven meanwhile.
+    """
 
     max_crashes: int = 5
     chance: float = 0.5
+    watching: bool = False

@@ -69,9 +69,7 @@ def workflow(body: Callable[[Context, In], Coroutine[Any, Any, Out]], /) -> Work
 @overload
 def workflow(body: Callable[[Context], Coroutine[Any, Any, Out]], /) -> WorkflowFunction[None, Out]: ...
 @overload
-def workflow(
-    *, name: str | None = None, version: str = "1", cancel_timeout: Seconds | None = None
-) -> Decorator: ...
+def workflow(*, name: str | None = None, version: str = "1", cancel_timeout: Seconds | None = None) -> Decorator: ...
 def workflow(body: Any = None, /, **options: Any) -> Any:
     """Make a workflow of an async function ``async def order(ctx: Context, order: Order) -> Receipt``.
 

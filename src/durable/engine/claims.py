@@ -115,11 +115,14 @@ class Claimed:
 
     async def _step(self, hold: Hold) -> Hold | None:
         view, now = hold.view, hold.now
-        if view.run.ending is not None and view.run.status is not Status.COMPENSATING:  # a compensator may end
+        if view.run.ending is not None and not _may_end(view, now):
             self._interrupt("cancel")
         if self._engine.stopping and not self._flights:
             return await self._write(hold, go_on_by_queue(view, now))
-        match plan(view, now, self._engine.limits(), frozenset(self._flights)):
+        decided = plan(view, now, self._engine.limits(), frozenset(self._flights))
+        if view.body is not None and view.body.over:  # while handlers of its branches run
+            self._interrupt("cancel")
+        match decided:
             case Transition() as transition:
                 return await self._write(hold, transition)
             case Call() if not self._flights:  # what was side by side has ended: it goes on as any other run
@@ -247,10 +250,18 @@ async def record_anew(engine: Engine, view: View, flight: Flight, error: Excepti
     return None
 
 
+def _may_end(view: View, now: datetime) -> bool:
+    """Whether the handlers of a canceled run may come to an end: compensators, and for a while those that clean up."""
+    asked = view.run.ending
+    assert asked is not None
+    return view.run.status is Status.COMPENSATING or (asked.until is not None and asked.until > now)
+
+
 def _parks(transition: Transition) -> bool:
     return transition.after.claim is None and transition.after.waiting_for is not None
 
 
 def _seconds_to_next(view: View, now: datetime) -> float | None:
-    due = [time for begun in view.run.frame.values() for time in (begun.due, begun.deadline) if time is not None]
-    return max((min(due) - now).total_seconds(), 0.0) if due else None
+    """Until the next wait is over; those that were over by `now` have been planned with."""
+    times = (time for begun in view.run.frame.values() for time in (begun.due, begun.deadline) if time is not None)
+    return min(((time - now).total_seconds() for time in times if time > now), default=None)

@@ -10,12 +10,12 @@ import logging
 import uuid
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from durable.core.state import Claim
-from durable.core.transition import Purpose, Transition
+from durable.core.transition import Limits, Purpose, Transition
 from durable.define.registry import Registry
 from durable.engine.bodies import Bodies
 from durable.engine.calls import Caller
@@ -115,6 +115,9 @@ class Engine(Desk):
         self.guard.close()
         await self.caller.close()
         await self.pool.close()
+
+    def limits(self) -> Limits:
+        return replace(super().limits(), watching=self.suspects.watching)
 
     def interrupt_all(self) -> None:
         """Shut down: end what is executing; each is handed back to the queue as it ends."""

@@ -93,10 +93,10 @@ class Hold:
     def take_over(self, view: View, step_id: str) -> None:
         """Go on from `view`: another hold on this revision was lost, with entries of ephemeral steps that it had not
         written yet. Not with that of `step_id`, which was the reason to write."""
-        deferred = {s: entry for s, entry in view.body.deferred.items() if s != step_id} if view.body is not None else {}
+        known = view.body.deferred if view.body is not None else {}
+        deferred = {key: entry for key, entry in known.items() if key != step_id}
         if deferred:
-            inbox = self.view.inbox
-            self.view = replace(view, inbox=inbox, body=self._body_with(deferred))
+            self.view = replace(view, inbox=self.view.inbox, body=self._body_with(deferred))
 
     def _body_with(self, deferred: Mapping[str, Entry]) -> Body:
         """A body that has not been driven yet. `deferred`: the entries that are still to be written."""

@@ -21,6 +21,11 @@ class Suspects:
         self._from = max(1, min(2, max_crashes - 1))
         self._running: uuid.UUID | None = None
 
+    @property
+    def watching(self) -> bool:
+        """Whether a suspect runs."""
+        return self._running is not None
+
     @contextmanager
     def admit(self, run_id: uuid.UUID, work: Call | Fanout) -> Iterator[bool]:
         """True if `work` may run now; a suspect keeps others out until the block ends."""

@@ -74,6 +74,7 @@ class Body:
         self.guard: AbstractContextManager[Any] = guard if guard is not None else nullcontext()
         self.seed = run.seed or run.id
         self.current: Strand | None = None
+        self.closing = False
         self.canceling = False
         self.faulted: BaseException | None = None
         self.diverged: Failure | None = None
@@ -113,6 +114,11 @@ class Body:
         if self.faulted is not None:
             return Frontier(ended=Raised(self.faulted))
         return Frontier(tuple(root.leaves()) if root.ended is None else (), root.ended)
+
+    @property
+    def over(self) -> bool:
+        """Whether its coroutine has come to an end, well or badly."""
+        return self.faulted is not None or (self._root is not None and self._root.ended is not None)
 
     def close(self) -> None:
         """End the coroutine: its ``finally`` and ``with`` blocks run, operations in them do nothing."""
@@ -317,14 +323,17 @@ class Strand:
     def passed(self, entry: Entry) -> None:
         """It has come past this entry."""
         self.seq = max(self.seq, entry.seq or _LATE)
-        if entry.finished_at is not None and (self.time is None or entry.finished_at > self.time):
-            self.time = entry.finished_at
+        self.reached(entry.finished_at)
 
     def absorb(self, inner: Strand) -> None:
         """It has come past all that an inner coroutine passed."""
         self.seq = max(self.seq, inner.seq)
-        if inner.time is not None and (self.time is None or inner.time > self.time):
-            self.time = inner.time
+        self.reached(inner.time)
+
+    def reached(self, time: datetime | None) -> None:
+        """It was at `time`, if not past it."""
+        if time is not None and (self.time is None or time > self.time):
+            self.time = time
 
     def leaves(self) -> Iterator[Operation[Any]]:
         """What it waits for."""
@@ -335,8 +344,8 @@ class Strand:
         """End it."""
         if self.waiting is not None:
             self.waiting.close()
-        body, before = self.body, self.body.current
-        body.current = None
+        body, before = self.body, (self.body.current, self.body.closing)
+        body.current, body.closing = None, True
         try:
             with body.guard:
                 body._context.run(self._coroutine.close)
@@ -344,7 +353,7 @@ class Strand:
             if isinstance(error, KeyboardInterrupt):
                 raise
         finally:
-            body.current = before
+            body.current, body.closing = before
 
     def _resume(self, answer: Answer) -> None:
         body = self.body
@@ -445,12 +454,12 @@ def _stuck(place: str, stuck: Stuck) -> str:
 
 def _explained(error: BaseException, scope: Scope) -> BaseException:
     """What asyncio says where there is no event loop, in our words."""
-    if isinstance(error, RuntimeError) and "event loop" in str(error) and error.__traceback__ is not None:
-        where, trace = "", error.__traceback__
-        while trace is not None:
-            file = trace.tb_frame.f_code.co_filename
-            if not file.startswith(_STDLIB) and not file.endswith("core/functions/body.py"):
-                where = f" (at {file}:{trace.tb_lineno})"
-            trace = trace.tb_next  # type: ignore[assignment]
-        return scope.fault(DefinitionError(_foreign(scope.place, "NoneType", where)))
-    return error
+    where, inner, trace = "", "", error.__traceback__
+    while trace is not None:
+        file, inner = trace.tb_frame.f_code.co_filename, str(trace.tb_frame.f_globals.get("__name__"))
+        if not file.startswith(_STDLIB) and not file.endswith("core/functions/body.py"):
+            where = f" (at {file}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    says = isinstance(error, RuntimeError) and "event loop" in str(error)
+    stumbles = isinstance(error, AttributeError) and error.obj is None and inner.startswith("asyncio.")  # Lock ...
+    return scope.fault(DefinitionError(_foreign(scope.place, "NoneType", where))) if says or stumbles else error

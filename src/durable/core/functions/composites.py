@@ -312,6 +312,7 @@ class LoopCommand(Composite[T]):
         self._initial = state
         self._inner: Strand | None = None
         self._place = -1  # of the iteration that runs
+        self._since: datetime | None = None  # it runs
         self._kept: list[Strand] = []  # of a rollback: the iterations of before
 
     def strands(self) -> list[Strand]:
@@ -363,7 +364,12 @@ class LoopCommand(Composite[T]):
         state = self._state(place)
         fn = self.fn
         scope = Scope(self.body, self._key(place), strand.scope.uncompleted, in_branch=strand.scope.in_branch)
-        self._place = place
+        before, own = self._entry(place - 1), self._entry(place)
+        if before is not None:
+            strand.reached(before.finished_at)
+        elif own is not None:
+            strand.reached(own.started_at)
+        self._place, self._since = place, strand.time
         self._inner = Strand(self.body, scope, lambda ctx: fn(ctx, state), strand)
 
     def _state(self, place: int) -> Any:
@@ -412,14 +418,14 @@ class LoopCommand(Composite[T]):
 
     def _derive(self, strand: Strand, place: int, text: JsonText, *, stop: bool) -> None:
         self.body.iterations += 1
-        extra: dict[str, Any] = {"iteration": place, "stop": stop}
-        if stop and self.stateful and place and self.history == 1:
-            extra["from"] = self._before(place)
         key = self._key(place)
         self.body.reach(key)
-        self.body.derive(
-            Entry(key, EntryKind.ITERATION, "completed", text, finished_at=strand.time, parent=self.key, extra=extra)
-        )
+        extra: dict[str, Any] = {"iteration": place, "stop": stop}
+        entry = Entry(key, EntryKind.ITERATION, "completed", text, finished_at=strand.time, parent=self.key)
+        if stop and self.history == 1 and place:  # nothing else will tell when it began, and with what
+            extra |= {"from": self._before(place)} if self.stateful else {}
+            entry = replace(entry, started_at=self._since)
+        self.body.derive(replace(entry, extra=extra))
 
     def _dump(self, value: Any, what: str) -> JsonText:
         try:

@@ -34,7 +34,7 @@ from durable.core.functions.errors import failed_entries, led_to
 from durable.core.functions.errors import failure as failure_of
 from durable.core.functions.new import new_body
 from durable.core.give_up import entry_of
-from durable.core.moves import move, park, without
+from durable.core.moves import move, park, with_step, without
 from durable.core.progress import Progress
 from durable.core.state import Begun, Entry, EntryKind, Failure, MessageKind, View
 from durable.core.transition import (
@@ -52,6 +52,8 @@ from durable.core.transition import (
 from durable.errors import PayloadError
 from durable.values import Status, WaitingFor
 
+NOT_BESIDE: Final = timedelta(seconds=1)
+"""How long a body waits that may be a killer, while another suspect is watched."""
 ROUNDS: Final = 200
 """How often a body is driven on within one transition."""
 
@@ -74,6 +76,11 @@ def forward(view: View, now: datetime, limits: Limits, running: frozenset[str], 
         return fail(view, now, _killer(view, suspect), frame=without(view.run, SUSPECT))
     if suspect.due is not None and suspect.due > now:
         return park(view, now, WaitingFor.RETRY, name=SUSPECT, wake_at=suspect.due)
+    if limits.watching:
+        later = replace(suspect, due=now + NOT_BESIDE, waits=WaitingFor.RETRY)
+        return park(
+            view, now, WaitingFor.RETRY, name=SUSPECT, wake_at=later.due, frame=with_step(view.run, SUSPECT, later)
+        )
     return _cleared(view, now, limits, running, canceling=canceling)
 
 
@@ -155,8 +162,10 @@ class Planning:
 
     def _since(self, leaf: Operation[Any]) -> datetime:
         """The wait that began first gets the message."""
-        begun = self._view.run.frame.get(leaf.key)
-        return begun.since if begun is not None and begun.since is not None else self._now
+        frame = self._view.run.frame
+        keys = [leaf.item(place) for place in leaf.started] if isinstance(leaf, MapCommand) else [leaf.key]
+        times = [frame[key].since for key in keys if key in frame]
+        return min((time for time in times if time is not None), default=self._now)
 
     def _look_at(self, leaf: Operation[Any]) -> bool:
         """What can be made of an operation now. Whether there is an answer to it."""
@@ -177,6 +186,8 @@ class Planning:
                 came = progress.receive(
                     leaf.key, begun, self._now, self._inbox(), leaf.payload, leaf.limit, completable=leaf.completable
                 )
+                if leaf.completable and came.entry is not None:  # another branch must not get it meanwhile
+                    self._body.reserved.update((came.entry.extra or {}).get("messages", ()))
                 return self._carry(leaf, came)
             case ReplyCommand():
                 self._replies[leaf.message] = leaf.reply
@@ -282,14 +293,14 @@ class Planning:
         failure = replace(failure_of(leaf.failed), step=leaf.key)
         self._attempts.append(FailedAttempt(leaf.key, number, "failed", failure, since, self._now, due))
         causes = failed_entries(leaf.failed)
-        within = [entry for key, entry in self._view.journal.items() if key.startswith(f"{leaf.key}/")]
-        for entry in within:
-            if entry.status == "failed" and led_to(entry.step_id, causes):
+        known = {**self._body.unwritten, **self._view.journal}
+        for key, entry in known.items():
+            if key.startswith(f"{leaf.key}/") and entry.status == "failed" and led_to(key, causes):
                 self._forget_failed(entry)
-        self._body.forget_unwritten(leaf.key)
         self._body.stale = self._again = True
         again = Begun(attempts=number, since=since or self._now, due=due, waits=WaitingFor.RETRY)
-        self._frame({**self._view.run.frame, leaf.key: again})
+        outside = {k: b for k, b in self._view.run.frame.items() if not k.startswith(f"{leaf.key}/")}
+        self._frame({**outside, leaf.key: again})
         return False
 
     def _forget_failed(self, entry: Entry) -> None:
@@ -297,6 +308,7 @@ class Planning:
         if entry.seq:
             self._forget.append(entry.step_id)
             return
+        self._body.unwritten.pop(entry.step_id, None)
         self._entries = [e for e in self._entries if e.step_id != entry.step_id]
         if self._body.deferred.pop(entry.step_id, None) is not None and entry.finished_at is not None:
             began, ended = entry.started_at, entry.finished_at

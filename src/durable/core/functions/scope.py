@@ -85,7 +85,12 @@ class Scope:
         """Raises DefinitionError if the context may not be used here and now."""
         current = self.body.current
         if current is None:
-            return
+            if self.body.closing:
+                return
+            raise DefinitionError(
+                f"{self.place}: {what} is for the body alone, not for handlers of its steps: those are called with "
+                "plain values, and have a StepContext of their own"
+            )
         if current is not self.strand:
             raise self.fault(
                 DefinitionError(

@@ -93,8 +93,8 @@ Policy: TypeAlias = All | Failures | First
 class MapResults(list[T | None], Generic[T]):
     """The results of ``ctx.map``, in the order of the items; None where an item failed or was not needed.
 
-    `failures`: how each item failed, by its place; ``failures[7].error`` is the recorded error of its run. `finished`: the
-    results of the others.
+    `failures`: how each item failed, by its place; ``failures[7].error`` is the recorded error of its run. `finished`:
+    the results of the others.
     """
 
     def __init__(
