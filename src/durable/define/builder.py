@@ -319,7 +319,7 @@ class Builder(Generic[In]):
     ) -> Self:
         """Start a run of another workflow and wait for its end; its result is the result.
 
-        - `workflow`: a name, a workflow of either kind (in its version), or a function of the context that gives either.
+        - `workflow`: a name, a workflow of either kind (in its version), or a function of the context that gives one.
         - `version`: default: the one defined last.
         - `map_input(ctx)` gives the child's input. Default: the run's own input.
         - `compensate`: whether a completed child is rolled back, through its own journal, when this run is.

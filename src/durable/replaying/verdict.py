@@ -7,14 +7,12 @@ with those that the run has passed. No handler runs. Plain code of the body does
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
 
 from durable.core import graph
-from durable.core.functions.answers import Raised, Returned
+from durable.core.functions.answers import Guarding, Raised, Returned
 from durable.core.functions.body import Body, Frontier
 from durable.core.functions.context import Context
 from durable.core.functions.errors import failure
@@ -62,7 +60,7 @@ class Verdict:
         return details.get(name)
 
 
-def replayed(recording: Recording, registry: Registry, guard: AbstractContextManager[Any] | None = None) -> Verdict:
+def replayed(recording: Recording, registry: Registry, guard: Guarding | None = None) -> Verdict:
     """Replay one run. `guard` surrounds every stretch of its body."""
     run = recording.run
     workflow = registry.find(run.workflow, run.version)

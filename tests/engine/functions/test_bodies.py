@@ -71,6 +71,7 @@ async def events() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # it is, to be sure: by nobody
 @pytest.mark.parametrize("foreign", [sleeping, at_once, gathering, future, timing, tasks, threads, events])
 async def test_foreign_awaits(dsn: str, foreign: Any, log: Log) -> None:
     @workflow
@@ -88,6 +89,22 @@ async def test_foreign_awaits(dsn: str, foreign: Any, log: Log) -> None:
         assert "foreign" in line_of(message), message
         assert "step" in message
         assert "ctx.join" in message
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # it is, to be sure: by nobody
+@pytest.mark.parametrize("foreign", [sleeping, at_once, gathering, future, tasks, threads, events])
+async def test_no_except_hides_a_foreign_await(place: Place, foreign: Any, log: Log) -> None:
+    @workflow
+    async def swallowing(ctx: Context) -> str:
+        try:
+            await foreign()
+        except Exception:
+            await ctx.step(log.do, "went on", name="on")
+        return "as if nothing had happened"
+
+    run, _, _ = await run_once(place, swallowing)
+    assert "foreign" in line_of(await fault(run))
+    assert log == []
 
 
 async def test_the_event_loop_works_on_after_a_foreign_await(dsn: str) -> None:

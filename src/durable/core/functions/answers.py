@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from types import TracebackType
+from typing import Any, Protocol, TypeAlias
 
 from durable.core.state import Failure
 
@@ -35,3 +36,21 @@ class Diverged(Exception):
 
 class Stuck(BaseException):
     """Raised from outside in a body that runs on without awaiting anything."""
+
+
+class Guarding(Protocol):
+    """What surrounds every stretch of user code. `touched`: ``file:line`` of where it reached for an event loop."""
+
+    touched: str | None
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None, /) -> None: ...
+
+
+class Unguarded:
+    """Nothing is in its way."""
+
+    touched: str | None = None
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None, /) -> None: ...

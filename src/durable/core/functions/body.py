@@ -13,12 +13,11 @@ import contextvars
 import inspect
 import sysconfig
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from durable.core.functions.answers import Answer, Diverged, Raised, Returned, Stuck
+from durable.core.functions.answers import Answer, Diverged, Guarding, Raised, Returned, Stuck, Unguarded
 from durable.core.functions.commands import Operation
 from durable.core.functions.scope import Scope
 from durable.core.state import Begun, Entry, EntryKind, Failure, Run, View
@@ -65,13 +64,13 @@ class Body:
         run: Run,
         registry: Registry,
         context: Callable[[Scope], Context],
-        guard: AbstractContextManager[Any] | None = None,
+        guard: Guarding | None = None,
         *,
         undoing: bool = False,
     ) -> None:
         self.workflow, self.run, self.registry, self.undoing = workflow, run, registry, undoing
         self.context = context
-        self.guard: AbstractContextManager[Any] = guard if guard is not None else nullcontext()
+        self.guard: Guarding = guard if guard is not None else Unguarded()
         self.seed = run.seed or run.id
         self.current: Strand | None = None
         self.closing = False
@@ -371,11 +370,14 @@ class Strand:
         except Stuck as stuck:
             self._end(Raised(self.scope.fault(DefinitionError(_stuck(self.scope.place, stuck)))))
         except BaseException as error:
-            self._end(Raised(_explained(error, self.scope)))
+            self._end(Raised(error))
         else:
             self._await(awaited)
         finally:
             body.current = before
+        if body.guard.touched is not None and body.faulted is None:
+            where = f" (at {body.guard.touched})"
+            self.ended = Raised(self.scope.fault(DefinitionError(_foreign(self.scope.place, "NoneType", where))))
 
     def _end(self, ended: Answer) -> None:
         self.ended = ended
@@ -450,16 +452,3 @@ def _stuck(place: str, stuck: Stuck) -> str:
         f"{place}: the body ran for a second without awaiting anything{where}: other runs wait for it meanwhile. Move "
         "long computations into a step (await ctx.step(fn, ...))"
     )
-
-
-def _explained(error: BaseException, scope: Scope) -> BaseException:
-    """What asyncio says where there is no event loop, in our words."""
-    where, inner, trace = "", "", error.__traceback__
-    while trace is not None:
-        file, inner = trace.tb_frame.f_code.co_filename, str(trace.tb_frame.f_globals.get("__name__"))
-        if not file.startswith(_STDLIB) and not file.endswith("core/functions/body.py"):
-            where = f" (at {file}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    says = isinstance(error, RuntimeError) and "event loop" in str(error)
-    stumbles = isinstance(error, AttributeError) and error.obj is None and inner.startswith("asyncio.")  # Lock ...
-    return scope.fault(DefinitionError(_foreign(scope.place, "NoneType", where))) if says or stumbles else error

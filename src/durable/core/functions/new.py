@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
-
+from durable.core.functions.answers import Guarding
 from durable.core.functions.body import Body
 from durable.core.functions.context import Context
 from durable.core.state import Run
@@ -16,7 +14,7 @@ def new_body(
     workflow: Workflow,
     run: Run,
     registry: Registry,
-    guard: AbstractContextManager[Any] | None = None,
+    guard: Guarding | None = None,
     *,
     undoing: bool = False,
 ) -> Body:
