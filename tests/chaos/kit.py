@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 import psycopg
 from psycopg.rows import dict_row
 from tests import invariants
-from tests.chaos import workflows
+from tests.chaos import functions, workflows
 from tests.chaos.worker_main import Settings
 from uuid_utils.compat import uuid7
 
@@ -296,25 +296,64 @@ class Stage:
 
     # -- the verdict
 
-    def check_everything(self, run: uuid.UUID, *, fail: bool) -> None:
-        """A run of `everything` ended as it must, with all its effects, and none twice that may be only once."""
+    def check_run(self, run: uuid.UUID, *, fail: bool) -> None:
+        """A run of `everything` or of `script` ended as it must, with all its effects, and none twice that may be only
+        once."""
         assert self.status(run) == ("failed" if fail else "completed"), self.dump()
-        (child,) = (row["id"] for row in self.rows("select id from durable.runs where parent_id = %s", run))
-        done, undone = Counter(workflows.WRITTEN), Counter(f"undo:{step}" for step in workflows.UNDONE_WRITTEN)
-        assert self.written(run) == (done + undone if fail else done)
-        inner = Counter(workflows.CHILD_WRITTEN)
-        inner_undone = Counter(f"undo:{step}" for step in workflows.CHILD_WRITTEN)
-        assert self.written(child) == (inner + inner_undone if fail else inner)
-        for who, steps in ((run, workflows.NOTED), (child, workflows.CHILD_NOTED)):
-            for step in steps:
-                assert self.noted(who, step) >= 1, f"{step} of {who} never happened"
-                assert self.noted(who, f"undo:{step}") >= 1 if fail else not self.noted(who, f"undo:{step}")
+        (row,) = self.rows("select workflow from durable.runs where id = %s", run)
+        if row["workflow"] == "script":
+            self._check_script(run, fail=fail)
+        else:
+            self._check_everything(run, fail=fail)
+
+    def children(self, run: uuid.UUID) -> dict[str, uuid.UUID]:
+        """By the step that started them."""
+        found = self.rows("select id, parent_step from durable.runs where parent_id = %s", run)
+        return {row["parent_step"]: row["id"] for row in found}
+
+    def _check_everything(self, run: uuid.UUID, *, fail: bool) -> None:
+        (child,) = self.children(run).values()
+        self._check_effects(run, workflows.WRITTEN, workflows.UNDONE_WRITTEN if fail else ())
+        self._check_notes(run, workflows.NOTED, workflows.UNDONE_NOTED, fail=fail)
+        self._check_child(child, undone=fail)
         if fail:
             self._check_order(run)
+
+    def _check_script(self, run: uuid.UUID, *, fail: bool) -> None:
+        lost = self.written(run)[functions.LOSER]
+        assert lost <= 1
+        losers = (functions.LOSER,) * lost
+        undone = (*functions.UNDONE_WRITTEN, *losers) if fail else ()
+        self._check_effects(run, (*functions.WRITTEN, *losers), undone)
+        self._check_notes(run, functions.NOTED, functions.UNDONE_NOTED, fail=fail)
+        children = self.children(run)
+        for step in functions.CHILDREN:
+            self._check_child(children[step], undone=fail and step == "child")
+        some = [self.status(children[step]) for step in ("some[0]", "some[1]")]
+        assert sorted(some) in (["canceled", "completed"], ["completed", "completed"])
+        replies = self.rows("select reply::text from durable.inbox where run_id = %s and name = 'question'", run)
+        assert [json.loads(row["reply"]) for row in replies] == [{"to": "yes"}]
+        if not fail:
+            (row,) = self.rows(
+                "select result::text from durable.journal where run_id = %s and step_id = 'run:result'", run
+            )
+            assert json.loads(row["result"]) == functions.RESULT
+
+    def _check_effects(self, run: uuid.UUID, done: tuple[str, ...], undone: tuple[str, ...]) -> None:
+        assert self.written(run) == Counter(done) + Counter(f"undo:{step}" for step in undone)
+
+    def _check_notes(self, run: uuid.UUID, steps: tuple[str, ...], undone: tuple[str, ...], *, fail: bool) -> None:
+        for step in steps:
+            assert self.noted(run, step) >= 1, f"{step} of {run} never happened"
+        for step in undone:
+            assert self.noted(run, f"undo:{step}") >= 1 if fail else not self.noted(run, f"undo:{step}")
+
+    def _check_child(self, child: uuid.UUID, *, undone: bool) -> None:
+        assert self.status(child) == ("canceled" if undone else "completed")
+        self._check_effects(child, workflows.CHILD_WRITTEN, workflows.CHILD_WRITTEN if undone else ())
+        self._check_notes(child, workflows.CHILD_NOTED, workflows.CHILD_NOTED, fail=undone)
+        if undone:
             self._check_order(child)
-            assert self.status(child) == "canceled"
-        else:
-            assert self.status(child) == "completed"
 
     def _check_order(self, run: uuid.UUID) -> None:
         """Compensators that write ran in the reverse order of what they undo."""

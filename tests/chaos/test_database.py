@@ -22,19 +22,18 @@ from durable.postgres import EmbeddedPostgres
 
 
 def load(stage: Stage, runs: int) -> dict[uuid.UUID, bool]:
-    """So many runs of `everything`, half of which fail late; some detach here, some there."""
+    """So many runs of `everything`, and two of `script`; half of them fail late; some detach here, some there."""
     slow = ("", "step", "undo", "loop", "route", "child")
-    return {
-        stage.start("everything", slow=slow[number % len(slow)], fail=number % 2 == 0): number % 2 == 0
-        for number in range(runs)
-    }
+    cases = [("everything", slow[number % len(slow)]) for number in range(runs)]
+    cases += [("script", "function"), ("script", "")]
+    return {stage.start(name, slow=slow, fail=n % 2 == 0): n % 2 == 0 for n, (name, slow) in enumerate(cases)}
 
 
 def finish(stage: Stage, runs: dict[uuid.UUID, bool], workers: int = 2) -> None:
     """All runs end as they must, and no worker has ended."""
     stage.finish()
     for run, fail in runs.items():
-        stage.check_everything(run, fail=fail)
+        stage.check_run(run, fail=fail)
     stage.check()
     assert [worker.code for worker in stage.workers] == [None] * workers
 

@@ -1,5 +1,5 @@
-"""Workers are killed with SIGKILL at every point at which the engine can be hit, for every kind of node; then others
-finish the runs, and nothing is missing and nothing is there twice.
+"""Workers are killed with SIGKILL at every point at which the engine can be hit, for every kind of node, and for
+functions; then others finish the runs, and nothing is missing and nothing is there twice.
 
 A cell is a point and what was executing there. The default run kills at every point, in one cell each, and proves that
 every cell can be reached; ``-m soak`` kills fifty times in every cell.
@@ -23,8 +23,10 @@ from durable.engine.points import Point
 
 Cell: TypeAlias = tuple[Point, str]
 
-KINDS: Final = ("step", "parallel", "route", "loop", "sleep", "signal", "child", "undo", "-")
+KINDS: Final = ("step", "parallel", "route", "loop", "sleep", "signal", "child", "function", "undo", "-")
 """What can be executing; ``-`` is what comes after the last node."""
+WORKFLOWS: Final = {"function": ("script",), "undo": ("everything", "script")}
+"""The workflows that come to such a kind; else `everything`."""
 JOBS: Final = (Point.BEFORE_LOCK, Point.BEFORE_RERING, Point.BEFORE_FINISH)
 """Points of a job, which knows no node."""
 DETACHED: Final = (Point.BEFORE_CLAIM, Point.AFTER_CLAIM, Point.BEFORE_OUTCOME)
@@ -48,6 +50,8 @@ CHOSEN: Final[tuple[Cell, ...]] = (
     (Point.BEFORE_RERING, "-"),
     (Point.BEFORE_FINISH, "-"),
     (Point.IN_SWEEP, "step"),
+    *((point, "function") for point in Point if point not in JOBS),
+    (Point.AFTER_HANDLER, "undo"),
 )
 """Where the default run kills."""
 
@@ -68,7 +72,8 @@ def test_killed_there(stage: Stage, cell: Cell) -> None:
 
 def test_every_cell_is_reached(stage: Stage) -> None:
     """A kill matrix proves nothing about a cell that is never hit; and one that nobody declared is never killed in."""
-    runs = {stage.start("everything", fail=fail, slow=slow): fail for slow in ("", "all") for fail in (False, True)}
+    cases = itertools.product(("everything", "script"), ("", "all"), (False, True))
+    runs = {stage.start(name, fail=fail, slow=slow): fail for name, slow, fail in cases}
     missing = list(KINDS)
     for _ in range(5):  # a sweep that is killed after it took a dead worker's jobs, and before more, has left no trace
         runs |= leave_to_the_sweep(stage, missing)
@@ -91,7 +96,7 @@ def leave_to_the_sweep(stage: Stage, kinds: list[str]) -> dict[uuid.UUID, bool]:
     """Workers die, each with a run at one of these kinds of node in its hands."""
     runs = {}
     for what in kinds:
-        runs[stage.start("everything", fail=what == "undo")] = what == "undo"
+        runs[stage.start(workflows_of(what)[0], fail=what == "undo")] = what == "undo"
         doomed = stage.worker(kill=(Point.AFTER_LOCK, what), max_crashes=1_000)
         stage.until(lambda doomed=doomed: _hit(stage, doomed), f"killed at {what}")  # type: ignore[misc]
         stage.until(stage.no_backend_left, "its run is free")
@@ -122,7 +127,7 @@ def test_matrix(nursery: Nursery, base: Base, template: Any, tmp_path: Path, cel
 
 def reachable_with(cell: Cell, detach_after: float) -> bool:
     """With a large `detach_after` only branches, and steps that say so, run without their row."""
-    return detach_after < 1 or cell[0] not in DETACHED or cell[1] in ("step", "parallel", "undo")
+    return detach_after < 1 or cell[0] not in DETACHED or cell[1] in ("step", "parallel", "function", "undo")
 
 
 # ---------------------------------------------------------------- how
@@ -140,11 +145,11 @@ def storm(stage: Stage, cell: Cell, *, kills: int, survivors: int = 1) -> int:
     """Kill one worker after the other in this cell, while new runs keep coming; then let others finish, and check."""
     point, what = cell
     runs = {}
-    fails = _alternating(what)
+    fails, names = _alternating(what), itertools.cycle(workflows_of(what))
     first: Cell = (Point.AFTER_LOCK, what) if point is Point.IN_SWEEP else cell
     while stage.kills()[point, what] < kills:
         fail = next(fails)
-        runs[stage.start("everything", slow=what if point in DETACHED else "", fail=fail)] = fail
+        runs[stage.start(next(names), slow=what if point in DETACHED else "", fail=fail)] = fail
         nth = 1 if kills == 1 else random.randint(1, 3)
         doomed = stage.worker(kill=first, nth=1 if point is Point.IN_SWEEP else nth, max_crashes=1_000)
         stage.until(lambda doomed=doomed: _hit(stage, doomed) or _over(stage), f"killed at {first}")  # type: ignore[misc]
@@ -181,8 +186,12 @@ def storm_while_busy(stage: Stage, cell: Cell, *, kills: int, survivors: int = 1
 def finish_and_check(stage: Stage, runs: dict[uuid.UUID, bool]) -> None:
     stage.finish()
     for run, fail in runs.items():
-        stage.check_everything(run, fail=fail)
+        stage.check_run(run, fail=fail)
     stage.check()
+
+
+def workflows_of(what: str) -> tuple[str, ...]:
+    return WORKFLOWS.get(what, ("everything",))
 
 
 def _hit(stage: Stage, doomed: WorkerProcess) -> bool:

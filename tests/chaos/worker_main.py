@@ -17,15 +17,17 @@ import select
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tests.chaos import workflows
+from tests.chaos import functions, workflows
 
 from durable.durable import AsyncDurable
 from durable.engine import advance, liveness, loops, recover
 from durable.engine.points import Point
-from durable.worker import Worker
+from durable.worker import Worker, watchdog
+from durable.worker import worker as worker_module
 
 ANY: Final = "*"
 
@@ -52,6 +54,7 @@ class Settings:
     stood: float = 0.1
     tick: float = 0.1
     suspect_retry: float = 0.1
+    patience: float | None = None  # of a watchdog
 
 
 class Killer:
@@ -78,7 +81,7 @@ async def work(settings: Settings) -> None:
     """Be a worker until SIGTERM."""
     app = AsyncDurable(
         settings.dsn,
-        workflows=workflows.ALL,
+        workflows=(*workflows.ALL, *functions.ALL),
         embedded="never",
         pool_size=settings.pool_size,
         detach_after=settings.detach_after,
@@ -89,6 +92,7 @@ async def work(settings: Settings) -> None:
         concurrency=settings.concurrency,
         grace=settings.grace,
         burst_steps=settings.burst,
+        watchdog=settings.patience is not None,
         at=Killer(settings),
     )
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
@@ -129,6 +133,7 @@ def _adjust(settings: Settings) -> None:
         (recover, "STOOD", settings.stood),
         (loops, "TICK", settings.tick),
         (advance, "SUSPECT_RETRY", settings.suspect_retry),
+        (worker_module, "Watchdog", partial(watchdog.Watchdog, patience=settings.patience or watchdog.PATIENCE)),
     ):
         assert hasattr(module, name)
         setattr(module, name, value)

@@ -1,4 +1,4 @@
-"""What the crash suite runs: every kind of node, each with effects that tell how often they happened.
+"""What the crash suite runs of builder workflows: every kind of node, with effects that tell how often they happened.
 
 Effects in the database (`write`) go through the step's own transaction into a table without any unique key: doubles are
 seen. Effects outside of it (`note`) are lines appended to a file, which survive whatever happens to the process.
@@ -65,13 +65,13 @@ def seconds(ctx: Ctx) -> float:
 
 
 def kind_of(step_id: str) -> str:
-    """What is executing there, in the words of the kill points."""
+    """What is executing there, in the words of the kill points; what no builder knows is a function's."""
     if step_id.startswith("undo:"):
         return "undo"
     if step_id == "run:result":
         return "-"
     name = step_id.removeprefix("choice:").removeprefix("input:").partition("/")[0].partition("[")[0]
-    return next((node.kind for node in EVERYTHING.nodes if node.name == name), "step")
+    return next((node.kind for node in (*EVERYTHING.nodes, *CHILD.nodes) if node.name == name), "function")
 
 
 async def slowly(ctx: Ctx) -> None:

@@ -29,6 +29,11 @@ class Mutant:
 
 
 LAWS: Final = "tests/engine/test_laws.py"
+FUNCTIONS: Final = "tests/engine/test_function_laws.py"
+BODY: Final = "src/durable/core/functions/body.py"
+COMPOSITES: Final = "src/durable/core/functions/composites.py"
+MOVES: Final = "src/durable/core/moves.py"
+PLAN: Final = "src/durable/core/functions/plan.py"
 SQL: Final = "src/durable/store/sql.py"
 SWEEP: Final = "src/durable/store/sweep.py"
 APPLY: Final = "src/durable/store/apply.py"
@@ -63,7 +68,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a busy row drops its continuation",
-        (Edit(ADVANCE, "return await engine.enqueue_later(run_id, revision, kind)", "return None"),),
+        (Edit(ADVANCE, "            await engine.enqueue_later(run_id, revision, kind)\n", ""),),
         (f"{LAWS}::test_a_job_that_finds_the_row_busy_comes_again",),
     ),
     Mutant(
@@ -128,9 +133,9 @@ MUTANTS: Final = (
         (
             Edit(
                 HOLD,
-                "            await apply_and_commit(desk.store, self.connection, transition, inbox)\n",
+                "            applied = await apply_and_commit(desk.store, self.connection, transition, inbox)\n",
                 """            silent = replace(transition, next=None)
-            await apply_and_commit(desk.store, self.connection, silent, inbox)
+            applied = await apply_and_commit(desk.store, self.connection, silent, inbox)
 """,
             ),
             Edit(
@@ -147,5 +152,87 @@ MUTANTS: Final = (
             ),
         ),
         (f"{LAWS}::test_the_next_job_commits_with_the_step_or_neither_does",),
+    ),
+    # ------------------------------------------------------------ functions
+    Mutant(
+        "a taken message not recorded",
+        (Edit(PLAN, "            self._taken |= dict.fromkeys(came.taken, key)\n", ""),),
+        (f"{FUNCTIONS}::test_a_message_is_taken_once",),
+    ),
+    Mutant(
+        "a message that is to be completed given to others",
+        (Edit(PLAN, " | self._body.reserved", ""),),
+        (f"{FUNCTIONS}::test_a_message_that_is_to_be_completed_is_there_for_nobody_else",),
+    ),
+    Mutant(
+        "a step's entry not written with what follows from it",
+        (Edit(MOVES, '(*body.deferred.values(), *write.get("entries", ())', '(*write.get("entries", ())'),),
+        (f"{FUNCTIONS}::test_a_steps_entry_goes_out_with_what_follows_from_it",),
+    ),
+    Mutant(
+        "entries written that were pruned before",
+        (Edit(MOVES, "    entries = tuple(entry for entry in entries if entry.step_id not in gone)", "    #"),),
+        (
+            f"{FUNCTIONS}::test_what_is_pruned_before_it_was_written_is_never_written",
+            f"{FUNCTIONS}::test_a_loser_that_was_not_written_yet_never_is",
+        ),
+    ),
+    Mutant(
+        "the winner of a race not journaled",
+        (Edit(COMPOSITES, 'shown, {"winner": won})', "shown, {})"),),
+        (f"{FUNCTIONS}::test_the_winner_of_a_race_stays_the_winner",),
+    ),
+    Mutant(
+        "what a rollback needs is pruned",
+        (Edit(COMPOSITES, "keep = self._undoable(first)", "keep: set[int] = set()"),),
+        (f"{FUNCTIONS}::test_each_step_is_undone_once_and_in_reverse",),
+    ),
+    Mutant(
+        "undone steps undone again",
+        (
+            Edit(
+                "src/durable/core/undo_targets.py",
+                "if t and t.undo_id not in view.journal\n        ]",
+                "if t\n        ]",
+            ),
+        ),
+        (f"{FUNCTIONS}::test_what_a_checkpoint_has_undone_is_not_undone_again",),
+    ),
+    Mutant(
+        "a patch not journaled",
+        (
+            Edit(
+                BODY,
+                'self.derive(Entry(key, EntryKind.PATCH, "completed", "true", finished_at=self.now, parent=parent))',
+                "str(parent)",
+            ),
+        ),
+        (f"{FUNCTIONS}::test_a_patch_is_taken_by_the_run_that_took_it",),
+    ),
+    Mutant(
+        "journaled operations that the code has lost go unnoticed",
+        (Edit(BODY, "        raise Diverged(self.difference(missed, ", "        str(self.difference(missed, "),),
+        (f"{FUNCTIONS}::test_code_that_has_lost_an_operation_parks_the_run",),
+    ),
+    Mutant(
+        "a body kept beyond its revision",
+        (Edit("src/durable/engine/bodies.py", "kept.revision != revision", "not kept.revision"),),
+        (f"{FUNCTIONS}::test_a_body_is_of_no_use_once_another_worker_had_the_run",),
+    ),
+    Mutant(
+        "a body that may have killed driven beside another suspect",
+        (Edit(PLAN, "    if limits.watching:\n", "    if False:\n"),),
+        (f"{FUNCTIONS}::test_a_body_that_may_have_killed_is_not_driven_beside_another_suspect",),
+    ),
+    Mutant(
+        "a blocking body charged to the step before it",
+        (
+            Edit(
+                "src/durable/core/settle.py",
+                "    if call.crashes:\n        return move(view, now, Status.RUNNING, frame=frame, claim=None)\n",
+                "",
+            ),
+        ),
+        ("tests/chaos/test_functions.py::test_a_body_that_blocks_ends_its_worker_and_then_its_run",),
     ),
 )

@@ -177,7 +177,15 @@ class Branches(Composite[T]):
         return f"{self.key}/{name}"
 
     def advance(self) -> Raised | None:
-        """Take each branch as far as it comes; or what one of them raised that goes through everything."""
+        """Take each branch as far as it comes; or what one of them raised that goes through everything: then the others
+        end where they are."""
+        through = self._advance()
+        if through is not None:
+            self._halted = True
+            self.close()
+        return through
+
+    def _advance(self) -> Raised | None:
         for name, strand in self._running.items():
             if strand.ended is None:
                 strand.advance()
@@ -191,7 +199,6 @@ class Branches(Composite[T]):
                 error = DefinitionError(f"{strand.scope.place}: ctx.continue_as_new belongs outside of branches")
                 return Raised(strand.scope.fault(error))
             if isinstance(ended, Raised) and _passes(ended) and not isinstance(ended.error, Canceled):
-                self._halted = True  # the others end where they are
                 return ended
         return None
 
