@@ -2,8 +2,8 @@
 
     python -m benchmarks.loop [--iterations 1000000]
 
-One run of one workflow, a step an iteration, on a throw-away PostgreSQL with fsync on. Prints a line a tenth of the way:
-iterations a second, rows of the journal, the journal's size on disk, and the memory of this process.
+One run of one workflow, a step an iteration, on a throw-away PostgreSQL with fsync on. Prints a line for each tenth of
+the way: iterations a second, rows of the journal, the journal's size on disk, and the memory of this process.
 """
 
 from __future__ import annotations
@@ -73,12 +73,11 @@ def memory() -> int:
 
 
 async def main(iterations: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="durable-bench-") as folder:
-        with EmbeddedPostgres(Path(folder)) as server:
-            async with AsyncDurable(server.dsn(), workflows=[counting], auto_migrate=True) as app, app.worker():
-                run = await app.start(counting, iterations)
-                await measure(app, run, iterations)
-                assert await run.result() == iterations
+    with tempfile.TemporaryDirectory(prefix="durable-bench-") as folder, EmbeddedPostgres(folder) as server:
+        async with AsyncDurable(server.dsn(), workflows=[counting], auto_migrate=True) as app, app.worker():
+            run = await app.start(counting, iterations)
+            await measure(app, run, iterations)
+            assert await run.result() == iterations
 
 
 if __name__ == "__main__":

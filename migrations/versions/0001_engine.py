@@ -110,8 +110,8 @@ create table journal (
   constraint journal_pkey primary key (run_id, step_id),
   constraint journal_kind_check check (
     kind in (
-      'step', 'parallel', 'route', 'loop', 'sleep', 'signal', 'child', 'branch', 'iteration', 'choice', 'undo', 'result',
-      'block', 'join', 'race', 'map', 'receive', 'reply', 'checkpoint', 'rollback', 'patch'
+      'step', 'parallel', 'route', 'loop', 'sleep', 'signal', 'child', 'branch', 'iteration', 'choice', 'undo',
+      'result', 'block', 'join', 'race', 'map', 'receive', 'reply', 'checkpoint', 'rollback', 'patch'
     )
   ),
   constraint journal_status_check check (status in ('completed', 'failed', 'suspended')),

@@ -67,7 +67,7 @@ def retry(view: View, now: datetime) -> Transition | None:
         return move(view, now, Status.RUNNING, error=None)
     if run.status is not Status.FAILED:
         return None
-    failed = tuple(entry.step_id for entry in view.journal.values() if entry.status == "failed" and _led_to(run, entry))
+    failed = [entry for entry in view.journal.values() if entry.status == "failed" and _led_to(run, entry)]
     deadline = run.deadline if run.deadline is not None and run.deadline > now else None
     fresh: dict[str, Any] = {
         "error": None,
@@ -77,7 +77,20 @@ def retry(view: View, now: datetime) -> Transition | None:
         "deadline": deadline,
     }
     stale = {message.seq: None for message in view.inbox if message.kind in REQUESTS}  # they were for its first life
-    return move(view, now, Status.RUNNING, forget=failed, taken=stale, retries=run.retries + 1, **fresh)
+    if _is_function(run) and failed:
+        fresh["entries"] = (parting(f"{run.retries + 1}", min(entry.seq for entry in failed), now),)
+    forget = tuple(entry.step_id for entry in failed)
+    return move(view, now, Status.RUNNING, forget=forget, taken=stale, retries=run.retries + 1, **fresh)
+
+
+def parting(what: str, since: int, now: datetime) -> Entry:
+    """A failure is taken up anew: what a body did because of it, after `since`, it may not come to again."""
+    key = f"patch:retry:{what}"
+    return Entry(key, EntryKind.PATCH, "completed", "true", finished_at=now, extra={"since": since})
+
+
+def _is_function(run: Run) -> bool:
+    return run.error is not None and "retry" in (run.error.details or {})
 
 
 def _led_to(run: Run, failed: Entry) -> bool:

@@ -80,13 +80,15 @@ def park(
 ) -> Transition | None:
     """Leave the run waiting, with no job, no process, no connection; None if it waits for just that already.
 
-    It is woken at `wake_at`, at its deadline, or by a message, whichever comes first. Where the deadline could not act,
-    `mind_deadline` is False: or the run would be due for ever. A pause or cancel that was asked for acts at once.
+    It is woken at `wake_at`, at its deadline, when its time to clean up is over, or by a message, whichever is first.
+    Where the deadline could not act, `mind_deadline` is False: or the run would be due for ever. A pause or cancel that
+    was asked for acts at once.
     """
     run = view.run
     status = Status.COMPENSATING if run.status is Status.COMPENSATING else Status.SUSPENDED
-    deadline = run.deadline if status is Status.SUSPENDED and mind_deadline else None
-    limits = [time for time in (wake_at, deadline) if time is not None]
+    minded = status is Status.SUSPENDED and mind_deadline
+    clean_up = run.ending.until if run.ending is not None else None
+    limits = [time for time in (wake_at, *((run.deadline, clean_up) if minded else ())) if time is not None]
     write = {
         "claim": None,
         "waiting_for": waiting_for,

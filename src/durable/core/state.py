@@ -43,7 +43,7 @@ class EntryKind(StrEnum):
     REPLY = "reply"  # a message that was completed
     CHECKPOINT = "checkpoint"
     ROLLBACK = "rollback"  # the run went back to a checkpoint: `rollback:<epoch>`
-    PATCH = "patch"  # the run took a new path of its code: `patch:<id>`
+    PATCH = "patch"  # the run's path parts from the journal's: `patch:<id>`, or after a retry `patch:retry:<...>`
 
 
 EntryStatus: TypeAlias = Literal["completed", "failed", "suspended"]

@@ -154,7 +154,9 @@ def _await_child(view: View, now: datetime, step_id: str) -> Transition | None:
     body = json.loads(told.body or "{}")
     result = json.dumps(body.get("result"), ensure_ascii=False)
     extra: dict[str, Any] = {"child": str(begun.child)} | ({"undo": True} if begun.undo else {})
-    ended = Entry(step_id, EntryKind.CHILD, "completed", result, started_at=begun.since, finished_at=now, extra=extra)
+    around = step_id.rpartition("[" if step_id.endswith("]") else "/")[0] or None
+    ended = Entry(step_id, EntryKind.CHILD, "completed", result, started_at=begun.since, finished_at=now, parent=around)
+    ended = replace(ended, extra=extra)
     # It was faster than our cancel: it is undone like any finished step. One that needs no undoing is not journaled:
     # the cursor has not passed it, and a retried run starts it anew.
     late = body.get("status") == Status.COMPLETED and is_target(view, ended)

@@ -301,6 +301,7 @@ class World:
         order: Callable[[list[str]], int] = lambda flights: 0,
         pick: Callable[[list[Job]], int] = lambda jobs: 0,
         keeps: bool = True,
+        doubts: bool = True,
     ) -> None:
         self.registry = Registry()
         for workflow in workflows:
@@ -310,7 +311,7 @@ class World:
         self.order = order  # which of the flights of a claim ends next
         self.pick = pick  # which job is taken up next
         self.keeps = keeps  # bodies, while the worker lives
-        self.doubts = True  # and asks another body, too
+        self.doubts = doubts  # what they decide, and asks another one
         self.bodies: dict[uuid.UUID, tuple[int, Body]] = {}  # and the revision of their run
         self.held: list[Body] = []  # those of the transaction that is open
         self.now = START
@@ -321,6 +322,7 @@ class World:
         self.points = 0
         self.crash_at: set[int] = set()
         self.crashes = 0
+        self.dies = False  # at the next point: set by a body that kills its worker
         self.at_point: Callable[[], object] | None = None
         self.job: Job | None = None  # that is worked on
         self.effects: list[Callable[[], object]] = []  # of a step that was lent the connection: they go with its entry
@@ -546,13 +548,18 @@ class World:
         """What is to be done; the same question has the same answer, also by a body that is new."""
         decided = plan(view, self.now, self.limits, running)
         if view.body is None:
-            assert plan(view, self.now, self.limits, running) == decided
+            assert self._replayed(view, running) == decided
         elif self.doubts and not view.body.deferred:
-            assert view.workflow is not None
-            fresh = new_body(view.workflow, view.run, view.registry)
-            again = plan(replace(view, body=fresh), self.now, self.limits, running)
-            fresh.close()
-            assert _told(again) == _told(decided), "a replay decides what the body decides that was kept"
+            assert _told(self._replayed(view, running)) == _told(decided), "a replay decides the same"
+        return decided
+
+    def _replayed(self, view: View, running: frozenset[str] = frozenset()) -> Decision:
+        """What is decided by a body that is new."""
+        if view.workflow is None or view.workflow.body is None:
+            return plan(view, self.now, self.limits, running)
+        fresh = new_body(view.workflow, view.run, view.registry)
+        decided = plan(replace(view, body=fresh), self.now, self.limits, running)
+        fresh.close()
         return decided
 
     def _commit(self, sim: Sim, transition: Transition, view: View) -> None:
@@ -665,7 +672,8 @@ class World:
         self.points += 1
         if self.at_point is not None:
             self.at_point()
-        if self.points in self.crash_at:
+        if self.dies or self.points in self.crash_at:
+            self.dies = False
             raise Crash
 
     # -- what must hold
@@ -678,7 +686,7 @@ class World:
             assert sim.status is not Status.RUNNING
             if sim.status.ended and not any(message.kind is MessageKind.ROLLBACK for message in sim.inbox):
                 continue  # what crossed its end is not for it any more
-            decided = self.plan(sim.view)
+            decided = self._replayed(sim.view)
             assert decided is None, f"a wake-up was lost: {sim.run.workflow} {sim.status} {sim.waits()} -> {decided}"
             due = sim.run.wake_at is not None and sim.run.wake_at <= self.now
             assert not due or sim.status is Status.PAUSED, f"due for ever: {sim.waits()}"

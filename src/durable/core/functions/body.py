@@ -24,7 +24,7 @@ from durable.core.state import Begun, Entry, EntryKind, Failure, Run, View
 from durable.define.nodes import Work, Workflow
 from durable.define.registry import Registry
 from durable.errors import DefinitionError, PayloadError
-from durable.values import WaitingFor
+from durable.values import Rollback, WaitingFor
 
 if TYPE_CHECKING:
     from durable.core.functions.context import Context
@@ -80,7 +80,7 @@ class Body:
         self.wants_start = False  # ctx.now() was asked before there was a time
         self.works: dict[str, Work] = {}  # if it is `undoing`: of the steps that were passed
         self.passed: dict[str, Work] | None = None  # for the rollback: the steps of the whole journal
-        self.checkpoints: dict[str, Entry] = {}  # by name: the one passed last
+        self.checkpoints: list[tuple[Scope, str, Entry]] = []  # with their names; of scopes that have not ended
         self.epochs: dict[str, list[int]] = {}  # of each checkpoint that the run went back to
         self.reserved: set[int] = set()  # messages that were received and not completed
         self.iterations = 0  # that have ended in this drive
@@ -142,6 +142,8 @@ class Body:
                 self.epochs.setdefault(entry.extra["to"], []).append(entry.extra["epoch"])
                 if checkpoint is not None:  # else pruned, with the iteration that it was in
                     undone.append((checkpoint.seq, entry.seq))
+            if entry.kind is EntryKind.PATCH and entry.extra:
+                undone.append((entry.extra["since"], entry.seq))
         steps = (e for e in self.journal.values() if e.kind not in _MARKERS and not _between(e, undone))
         begun = (key for key in self.frame if not key.startswith(("undo:", "run:")))
         self._unvisited = dict.fromkeys([*(entry.step_id for entry in steps), *begun])
@@ -194,6 +196,14 @@ class Body:
     def defer(self, entry: Entry) -> None:
         """The entry of a step that is written with the next transition."""
         self.deferred[entry.step_id] = entry
+
+    def checkpoint(self, name: str) -> Entry | None:
+        """The checkpoint of this name to which the run may go back: the one passed last, if its scope has not ended."""
+        return next((entry for _, passed, entry in reversed(self.checkpoints) if passed == name), None)
+
+    def leave(self, scope: Scope) -> None:
+        """A scope has ended: its checkpoints are out of reach."""
+        self.checkpoints = [passed for passed in self.checkpoints if passed[0] is not scope]
 
     def prune(self, step_id: str) -> None:
         """An entry of an old iteration is not needed any more."""
@@ -279,8 +289,9 @@ class Body:
 
 
 def _between(entry: Entry, undone: list[tuple[int, int]]) -> bool:
-    """Whether it was written between a checkpoint and a rollback to it: the code comes to it no more."""
-    return any(checkpoint < entry.seq < rollback for checkpoint, rollback in undone)
+    """Whether it was written between a checkpoint and a rollback to it, or after a failure that was then taken up anew:
+    the code may not come to it any more."""
+    return any(since < entry.seq < until for since, until in undone)
 
 
 _WAITS: Final[Mapping[WaitingFor, frozenset[EntryKind]]] = {
@@ -381,6 +392,8 @@ class Strand:
 
     def _end(self, ended: Answer) -> None:
         self.ended = ended
+        if not (isinstance(ended, Raised) and isinstance(ended.error, Rollback)):
+            self.body.leave(self.scope)
         if isinstance(ended, Returned) and self.body.faulted is None:
             try:
                 self.scope.check_closed()

@@ -214,7 +214,7 @@ class CheckpointCommand(Operation[int]):
         self.name = name
 
     def load(self, entry: Entry) -> int:
-        self.body.checkpoints[self.name] = entry
+        self.body.checkpoints.append((self.scope, self.name, entry))
         epochs = self.body.epochs.get(self.key, ())
         if epochs:
             self.scope.begin_epoch(epochs[-1])

@@ -139,6 +139,8 @@ class BlockCommand(Composite[T]):
         caught = errors.caught(ended.error, self.catch, source="block") if self.catch is not None else None
         if caught is None and isinstance(ended.error, Rollback):  # perhaps to a checkpoint in it: then it goes on
             return ended
+        assert self._inner is not None
+        self.body.leave(self._inner.scope)
         self.conclude(strand, ended)
         return caught or ended
 

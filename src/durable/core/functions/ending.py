@@ -24,12 +24,12 @@ def failed(view: View, now: datetime, error: BaseException, **write: Any) -> Tra
         case ContinueAsNew():
             return _continued(view, now, error, **write)
         case Rollback(to=str() as name):
-            checkpoint = view.body.checkpoints.get(name)
+            checkpoint = view.body.checkpoint(name)
             if checkpoint is not None:
                 return _go_back(view, now, checkpoint, **write)
-            known = ", ".join(map(repr, view.body.checkpoints)) or "none"
+            known = ", ".join(repr(passed) for _, passed, _ in view.body.checkpoints) or "none"
             error = DefinitionError(f"workflow {view.run.workflow!r}: Rollback(to={name!r}): no such checkpoint was "
-                                    f"passed; passed: {known}")  # fmt: skip
+                                    f"passed in a part of the body that still runs; passed: {known}")  # fmt: skip
     return fail(view, now, _told(error), **write)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from durable.core import progress
 from durable.core.attempt import Waits, attempt
 from durable.core.charge import charge
+from durable.core.control import parting
 from durable.core.finish import complete, fail
 from durable.core.functions import cancel, ending
 from durable.core.functions.answers import Raised, Returned
@@ -289,16 +290,21 @@ class Planning:
         assert retry is not None
         custom = retry.custom_delay(number)
         due = self._now + timedelta(seconds=retry.delay(number, self._limits.chance) if custom is None else custom)
-        since = begun.since if begun is not None else None
+        began = begun.since if begun is not None else None
         failure = replace(failure_of(leaf.failed), step=leaf.key)
-        self._attempts.append(FailedAttempt(leaf.key, number, "failed", failure, since, self._now, due))
+        self._attempts.append(FailedAttempt(leaf.key, number, "failed", failure, began, self._now, due))
         causes = failed_entries(leaf.failed)
         known = {**self._body.unwritten, **self._view.journal}
+        newest = max((entry.seq for entry in self._view.journal.values()), default=0)
+        since = newest
         for key, entry in known.items():
             if key.startswith(f"{leaf.key}/") and entry.status == "failed" and led_to(key, causes):
+                since = min(since, entry.seq or newest)
                 self._forget_failed(entry)
+        if since < newest or self._body.deferred:
+            self._entries.append(parting(f"{leaf.key}:{newest}", since, self._now))
         self._body.stale = self._again = True
-        again = Begun(attempts=number, since=since or self._now, due=due, waits=WaitingFor.RETRY)
+        again = Begun(attempts=number, since=began or self._now, due=due, waits=WaitingFor.RETRY)
         outside = {k: b for k, b in self._view.run.frame.items() if not k.startswith(f"{leaf.key}/")}
         self._frame({**outside, leaf.key: again})
         return False
@@ -391,24 +397,18 @@ class Planning:
     def _parked(self, waiting_for: WaitingFor, name: str, wake_at: datetime | None) -> Transition | None:
         frame = self._view.run.frame
         if not self._changed:
-            return park(self._view, self._now, waiting_for, name=name, wake_at=self._limited(wake_at))
+            return park(self._view, self._now, waiting_for, name=name, wake_at=wake_at)
         parked = park(
             replace(self._view, run=replace(self._view.run, waiting_for=None)),
             self._now,
             waiting_for,
             name=name,
-            wake_at=self._limited(wake_at),
+            wake_at=wake_at,
             frame=frame,
             **self._writes(),
         )
         assert parked is not None
         return self._made(parked)
-
-    def _limited(self, wake_at: datetime | None) -> datetime | None:
-        asked = self._before.ending
-        if asked is None or asked.until is None:
-            return wake_at
-        return min(asked.until, wake_at) if wake_at is not None else asked.until
 
     def _ended(self, ended: Returned | Raised) -> Decision:
         if self._canceling:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.unit.core.functions.kit import fail, failed, give, started
 
-from durable import Break, Context, JoinFailed, StepFailed, workflow
+from durable import Break, Context, JoinFailed, Rollback, StepFailed, workflow
 from durable.core.functions.values import Failures, First, Message
 from durable.errors import DefinitionError
 from durable.values import Status
@@ -398,3 +398,18 @@ def test_breaking_a_loop_at_once() -> None:
     run = started(body)
     assert run.result == "done"
     assert len(run.transitions) == 1
+
+
+def test_a_checkpoint_of_a_block_that_caught_the_rollback_is_out_of_reach() -> None:
+    async def inner(c: Context) -> None:
+        await c.checkpoint("inside")
+        raise Rollback
+
+    async def body(ctx: Context) -> None:
+        await ctx.try_block("b", inner, catch=["rollback"])
+        raise Rollback(to="inside")
+
+    run = started(body)
+    assert run.has(Status.FAILED)
+    assert run.run.error is not None
+    assert "no such checkpoint" in run.run.error.message
