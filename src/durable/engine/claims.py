@@ -40,7 +40,7 @@ async def execute(engine: Engine, hold: Hold, work: Call | Fanout) -> Hold | Non
         taken = claimed(view, hold.now, lock.claim, calls)
         await hold.write(taken)
         engine.at(Point.AFTER_CLAIM, what)
-        owner.start(taken, view, calls)
+        owner.start(taken, view, calls, hold.locked_at)
         return await owner.drive()
 
 
@@ -68,12 +68,13 @@ class Claimed:
         """Something happened to the run: a message, a request, a takeover."""
         self._news.set()
 
-    def start(self, taken: Transition, view: View, calls: tuple[Call, ...]) -> None:
-        """Set off the calls of a claim that has been committed. What sleeps beside them is looked at when it is due."""
+    def start(self, taken: Transition, view: View, calls: tuple[Call, ...], planned: datetime) -> None:
+        """Set off the calls of a claim that has been committed. What sleeps beside them is looked at when it is due;
+        `planned`: it was not due then."""
         view = replace(view, run=taken.after)
         for call in calls:
             self.adopt(Flight(self._engine, view, call, None, self._lock))
-        self._next_due = _seconds_to_next(view, self._engine.now())
+        self._next_due = _seconds_to_next(view, planned, self._engine.now())
 
     def adopt(self, flight: Flight) -> None:
         self._flights[flight.call.step_id] = flight
@@ -130,7 +131,7 @@ class Claimed:
             case Fanout(calls) if not self._engine.stopping:
                 return await self._launch(hold, calls)
             case _:
-                self._next_due = _seconds_to_next(view, now)
+                self._next_due = _seconds_to_next(view, hold.locked_at, now)
                 return await hold.release()
 
     async def _write(self, hold: Hold, transition: Transition) -> Hold | None:
@@ -154,7 +155,7 @@ class Claimed:
         view = hold.view
         taken = claimed(view, hold.now, self._lock.claim, calls)
         following = await self._write(hold, taken)
-        self.start(taken, view, calls)
+        self.start(taken, view, calls, hold.locked_at)
         return following
 
     async def _record(self, flight: Flight) -> None:
@@ -261,7 +262,8 @@ def _parks(transition: Transition) -> bool:
     return transition.after.claim is None and transition.after.waiting_for is not None
 
 
-def _seconds_to_next(view: View, now: datetime) -> float | None:
-    """Until the next wait is over; those that were over by `now` have been planned with."""
+def _seconds_to_next(view: View, planned: datetime, now: datetime) -> float | None:
+    """Until the next wait is over; those that were over when it was `planned` have been dealt with."""
     times = (time for begun in view.run.frame.values() for time in (begun.due, begun.deadline) if time is not None)
-    return min(((time - now).total_seconds() for time in times if time > now), default=None)
+    soonest = min((time for time in times if time > planned), default=None)
+    return None if soonest is None else max((soonest - now).total_seconds(), 0.0)

@@ -57,7 +57,7 @@ class Hold:
         self.connection = connection
         self.lent = False
         self._over = False
-        self._read_at, self._started = locked.now, time.monotonic()
+        self.locked_at, self._started = locked.now, time.monotonic()
         desk.heard(locked.now)
         run = locked.run
         workflow = desk.registry.find(run.workflow, run.version)
@@ -75,7 +75,7 @@ class Hold:
     @property
     def now(self) -> datetime:
         """The database's time, as it has moved on since the lock."""
-        return self._read_at + timedelta(seconds=time.monotonic() - self._started)
+        return self.locked_at + timedelta(seconds=time.monotonic() - self._started)
 
     async def read_inbox(self) -> bool:
         """Look again: a message may have been committed while user code ran under this lock. If one was, what was

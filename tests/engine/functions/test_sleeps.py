@@ -44,6 +44,24 @@ async def test_a_long_sleep(place: Place, facts: Facts, log: Log) -> None:
         ]  # fmt: skip
 
 
+async def test_a_very_short_sleep_stays_in_the_worker(live: Place, facts: Facts, log: Log) -> None:
+    @workflow
+    async def w(ctx: Context) -> None:
+        for _ in range(3):
+            await ctx.sleep(0.02)
+            await ctx.step(log.do, "step")
+
+    async with live.working(w) as b:
+        run = await b.app.start(w)
+        job = await b.fetch()
+        assert job is not None
+        await b.perform(job)  # one job is all that it takes
+        assert (await run.status()).status == "completed"
+        assert facts.jobs() == []
+        assert facts.value("select last_value from durable.procrastinate_jobs_id_seq") == 1
+        assert [event.kind for event in await run.history()].count("sleep_elapsed") == 3
+
+
 async def test_a_restart_does_not_sleep_anew(dsn: str) -> None:
     @workflow
     async def w(ctx: Context) -> str:
