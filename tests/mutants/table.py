@@ -31,7 +31,8 @@ class Mutant:
 LAWS: Final = "tests/engine/test_laws.py"
 FUNCTIONS: Final = "tests/engine/test_function_laws.py"
 BODY: Final = "src/durable/core/functions/body.py"
-COMPOSITES: Final = "src/durable/core/functions/composites.py"
+BRANCHES: Final = "src/durable/core/functions/branches.py"
+LOOPS: Final = "src/durable/core/functions/loops.py"
 MOVES: Final = "src/durable/core/moves.py"
 PLAN: Final = "src/durable/core/functions/plan.py"
 SQL: Final = "src/durable/store/sql.py"
@@ -179,12 +180,12 @@ MUTANTS: Final = (
     ),
     Mutant(
         "the winner of a race not journaled",
-        (Edit(COMPOSITES, 'shown, {"winner": won})', "shown, {})"),),
+        (Edit(BRANCHES, 'shown, {"winner": won})', "shown, {})"),),
         (f"{FUNCTIONS}::test_the_winner_of_a_race_stays_the_winner",),
     ),
     Mutant(
         "what a rollback needs is pruned",
-        (Edit(COMPOSITES, "keep = self._undoable(first)", "keep: set[int] = set()"),),
+        (Edit(LOOPS, "keep = self._undoable(first)", "keep: set[int] = set()"),),
         (f"{FUNCTIONS}::test_each_step_is_undone_once_and_in_reverse",),
     ),
     Mutant(

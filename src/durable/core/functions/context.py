@@ -11,6 +11,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar, overload
 
 from durable.core.functions import outgoing
+from durable.core.functions.blocks import BlockCommand
+from durable.core.functions.branches import JoinCommand, RaceCommand
 from durable.core.functions.commands import (
     CheckpointCommand,
     ChildCommand,
@@ -20,7 +22,8 @@ from durable.core.functions.commands import (
     SleepCommand,
     StepCommand,
 )
-from durable.core.functions.composites import BlockCommand, JoinCommand, LoopCommand, MapCommand, RaceCommand
+from durable.core.functions.loops import LoopCommand
+from durable.core.functions.maps import MapCommand
 from durable.core.functions.values import All, Failures, First, MapResults, Message, Policy, RaceResult, Result
 from durable.core.state import EntryKind
 from durable.define.annotations import annotation_of

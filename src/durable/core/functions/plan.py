@@ -19,6 +19,7 @@ from durable.core.control import parting
 from durable.core.finish import complete, fail
 from durable.core.functions import cancel, ending
 from durable.core.functions.answers import Raised, Returned
+from durable.core.functions.blocks import BlockCommand
 from durable.core.functions.body import SUSPECT, Frontier
 from durable.core.functions.commands import (
     CheckpointCommand,
@@ -30,9 +31,9 @@ from durable.core.functions.commands import (
     SleepCommand,
     StepCommand,
 )
-from durable.core.functions.composites import BlockCommand, MapCommand
 from durable.core.functions.errors import failed_entries, led_to
 from durable.core.functions.errors import failure as failure_of
+from durable.core.functions.maps import MapCommand
 from durable.core.functions.new import new_body
 from durable.core.give_up import entry_of
 from durable.core.moves import move, park, with_step, without

@@ -280,8 +280,10 @@ def test_what_has_come_due_does_not_keep_an_owner_awake() -> None:
 
     run = started(body)
     past = Begun(attempts=1, due=run.world.now, waits=WaitingFor.RETRY)
-    assert _seconds_to_next(_with(run, past=past), run.world.now) == 30
-    assert _seconds_to_next(_with(started(_nothing), past=past), run.world.now) is None
+    now = run.world.now
+    assert _seconds_to_next(_with(run, past=past), now, now) == 30
+    assert _seconds_to_next(_with(run, past=past), now - timedelta(seconds=1), now) == 0  # it was not due when planned
+    assert _seconds_to_next(_with(started(_nothing), past=past), now, now) is None
 
 
 async def _nothing(ctx: Context) -> None:
