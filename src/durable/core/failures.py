@@ -65,7 +65,7 @@ def _traceback(error: BaseException) -> str | None:
     return _safe(text, TRACEBACK_LIMIT, tail=True)
 
 
-_OURS: Final = tuple(str(Path(__file__).parent.parent / room) for room in ("core", "engine"))
+_OURS: Final = tuple(str(Path(__file__).parent.parent / room) for room in ("core", "define", "engine"))
 
 
 def _users_frames(trace: TracebackType | None) -> TracebackType | None:

@@ -873,3 +873,20 @@ async def test_a_lost_connection_does_not_lose_an_ephemeral_entry(dsn: str, fact
         assert await run.result(timeout=5) == "dear"
         assert facts.journal(run) == ["do", "do#2", "run:result"]
         assert log == ["cheap", "dear"]
+
+
+async def test_a_traceback_begins_in_the_users_code(live: Place) -> None:
+    async def breaks() -> None:
+        raise ValueError("broken")
+
+    @workflow
+    async def w(ctx: Context) -> None:
+        await ctx.step(breaks, retry=1)
+
+    async with live.working(w) as b:
+        run = await b.app.start(w)
+        await b.drain()
+        error = await failure(run)
+        frames = [line for line in error.traceback.splitlines() if line.startswith("  File")]
+        assert len(frames) == 1
+        assert "test_steps.py" in frames[0]
