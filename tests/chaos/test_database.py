@@ -184,5 +184,6 @@ def test_jobs_that_nobody_meant_change_nothing(stage: Stage, measured: Measured)
         stage.until(stage.all_ended, "all have ended")
     finish(stage, runs)
     measured(f"{inserted} jobs that nobody meant")
-    crashes: list[dict[str, Any]] = stage.rows("select * from durable.attempts where kind = 'interrupted'")
-    assert crashes == []
+    interrupted: list[dict[str, Any]] = stage.rows("select * from durable.attempts where kind = 'interrupted'")
+    why = {row["error"]["message"] for row in interrupted}
+    assert why <= {"interrupted by cancel"}  # a map that has enough cancels the rest; nobody has crashed
