@@ -44,12 +44,15 @@ def signal(view: View, name: str, *, until: datetime | None = None) -> Message |
 
 
 def _ready(view: View, call: Call, begun: Begun) -> Call:
+    deadline = None if call.purpose is Purpose.UNDO else view.run.deadline  # a rollback has no time limit
+    if begun is NOT_BEGUN and deadline is None:
+        return call
     suspended = view.journal.get(call.step_id) if begun.resume_data is not None else None
     return replace(
         call,
         attempt=begun.attempts + 1,
         crashes=begun.crashes,
-        deadline=None if call.purpose is Purpose.UNDO else view.run.deadline,  # a rollback has no time limit
+        deadline=deadline,
         snapshot=suspended.result if suspended is not None else None,
         resume_data=begun.resume_data,
         resumed=begun.resume_data is not None,

@@ -24,8 +24,10 @@ from durable.values import Status, WaitingFor
 
 def apply_next(view: View, now: datetime) -> Transition | None:
     """Apply the oldest request of the inbox; None if there is none."""
-    request = next((message for message in view.inbox if message.kind in REQUESTS), None)
-    return apply(view, request, now) if request is not None else None
+    for message in view.inbox:
+        if message.kind in REQUESTS:
+            return apply(view, message, now)
+    return None
 
 
 def apply(view: View, request: Message, now: datetime) -> Transition:

@@ -23,9 +23,10 @@ def died(view: View, now: datetime, limits: Limits) -> Transition | None:
     """The worker that executed this run is gone: charge the crash, let go of the claim, hand the run back. None if it
     was executing nothing of it."""
     if view.run.claim is not None:
-        free = replace(view, run=replace(view.run, claim=None))
+        free = view.ahead(view.run.changed(claim=None))
         running = [step_id for step_id, begun in view.run.frame.items() if begun.running]
-        return replace(charge(free, now, limits, running) if running else go_on(free, now), before=view.run)
+        charged = charge(free, now, limits, running) if running else go_on(free, now)
+        return charged.of_row(view.run)
     if view.workflow is not None and view.workflow.body is not None:
         return _died_in_body(view, now, limits)
     match plan(view, now, limits):

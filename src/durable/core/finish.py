@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -22,22 +21,21 @@ def node_done(
     """The node under the cursor is done: journal it, move the cursor; after the last node the run completes."""
     run = view.run
     begun = run.frame.get(node.name)
-    if not any(entry.step_id == node.name for entry in entries):
+    if all(entry.step_id != node.name for entry in entries):
         since = begun.since if begun else None
         entries = (
             *entries,
             Entry(node.name, EntryKind(node.kind), "completed", value, started_at=since or now, finished_at=now),
         )
-    here = (node.name, *(entry.step_id for entry in entries))
     write = {  # what the caller says wins
         "entries": tuple(entries),
         "current_step": run.current_step + 1,
-        "frame": without(run, *here),
+        "frame": without(run, node.name, *(entry.step_id for entry in entries)),
         "claim": None,
         **write,
     }
-    passed = replace(view, journal={**view.journal, **{entry.step_id: entry for entry in entries}})
     if _is_last(view) and not asked(view):
+        passed = view.ahead(run, {**view.journal, **{entry.step_id: entry for entry in entries}})
         return complete(passed, now, **write)
     return move(view, now, Status.RUNNING, **write)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -22,6 +21,7 @@ _KINDS = {
     Purpose.RESULT: EntryKind.RESULT,
     Purpose.UNDO: EntryKind.UNDO,
 }
+_NESTED = frozenset({Purpose.BRANCH, Purpose.ITERATION, Purpose.CHOICE})
 
 
 def step_failed(
@@ -82,19 +82,15 @@ def entry_of(
     """The journal entry of the work of `call`."""
     begun = view.run.frame.get(call.step_id, NOT_BEGUN)
     if call.kind is not None:  # of a function
-        fields = {"parent": call.parent, "extra": call.extra, **fields}
-        entry = Entry(call.step_id, call.kind, status, attempt=begun.attempts + 1, finished_at=now, **fields)
-        return replace(entry, started_at=started_at or begun.since or now)
-    node = current_node(view)
-    nested = (
-        node is not None
-        and call.step_id != node.name
-        and call.purpose in (Purpose.BRANCH, Purpose.ITERATION, Purpose.CHOICE)
-    )
-    own = node is not None and call.step_id == node.name  # also of a wait whose name or time is computed
-    kind = EntryKind(node.kind) if node is not None and own else _KINDS[call.purpose]
-    entry = Entry(call.step_id, kind, status, attempt=begun.attempts + 1, finished_at=now, **fields)
-    return replace(entry, started_at=started_at or begun.since or now, parent=node.name if nested and node else None)
+        kind, fields = call.kind, {"parent": call.parent, "extra": call.extra, **fields}
+    else:
+        node = current_node(view)
+        own = node is not None and call.step_id == node.name  # also of a wait whose name or time is computed
+        kind = EntryKind(node.kind) if node is not None and own else _KINDS[call.purpose]
+        if node is not None and not own and call.purpose in _NESTED:
+            fields["parent"] = node.name
+    since = started_at or begun.since or now
+    return Entry(call.step_id, kind, status, attempt=begun.attempts + 1, started_at=since, finished_at=now, **fields)
 
 
 def current_node(view: View) -> Node | None:

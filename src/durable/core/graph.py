@@ -10,6 +10,7 @@ from durable.core.attempt import Waits, attempt
 from durable.core.children import plan_child
 from durable.core.finish import complete, node_done, object_text
 from durable.core.give_up import branches_failed, loop_limit_reached, step_failed
+from durable.core.journal import Journal
 from durable.core.loops import iterations, loop_result, next_item
 from durable.core.moves import park
 from durable.core.state import Begun, Entry, EntryKind, Failure, View
@@ -166,13 +167,21 @@ def park_for(view: View, now: datetime, step_id: str, begun: Begun) -> Transitio
 
 def divergence(view: View) -> Failure | None:
     """What the code no longer agrees on with the nodes that the run has passed; None if all is well."""
+    journal = view.journal
+    if isinstance(journal, Journal) and journal.agrees_with is view.workflow:
+        return None
+    difference = _compared(view)
+    if difference is None and isinstance(journal, Journal):
+        journal.agrees_with = view.workflow
+    return difference
+
+
+def _compared(view: View) -> Failure | None:
     assert view.workflow is not None
     passed = view.workflow.nodes[: view.run.current_step]
     expected = [(node.name, node.kind) for node in passed]
-    top_level = (
-        e for e in view.journal.values() if e.parent is None and e.kind.value in _NODE_KINDS and e.status == "completed"
-    )
-    found = [(e.step_id, e.kind.value) for e in top_level][: view.run.current_step]
+    top_level = (e for e in view.journal.values() if e.parent is None and e.kind in _NODE_KINDS)
+    found = [(e.step_id, e.kind.value) for e in top_level if e.status == "completed"][: view.run.current_step]
     if expected == found and len(passed) == view.run.current_step:
         return None
     message = (

@@ -8,13 +8,12 @@ has been asked of it and not been done yet, whose doorbell has rung already.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
-from durable.core.state import REQUESTS, Begun, EntryKind, MessageKind, Run, View
+from durable.core.state import REQUESTS, Begun, Entry, EntryKind, MessageKind, Run, View
 from durable.core.transition import Next, Transition
-from durable.values import Status, WaitingFor
+from durable.values import ENDED, Status, WaitingFor
 
 NOT_BEGUN = Begun()
 
@@ -27,19 +26,20 @@ def move(view: View, now: datetime, status: Status, *, wake: bool = False, **wri
     """
     before = view.run
     write = _with_body(view, write)
-    beside = {name: write.pop(name) for name in _BESIDE & write.keys()}
-    unparked: dict[str, Any] = {"waiting_for": None, "waiting_name": None, "wake_at": None}
-    healthy: dict[str, Any] = {"error": None} if status in _HEALTHY and not before.pausing else {}
-    after = replace(before, **{**unparked, **healthy, **write, "status": status, "revision": before.revision + 1})
+    beside = {name: write.pop(name) for name in tuple(write) if name in _BESIDE}
+    run: dict[str, Any] = {**_UNPARKED, **write, "status": status, "revision": before.revision + 1}
+    if status in _HEALTHY and not before.pausing:
+        run.setdefault("error", None)
     if (successor := beside.get("successor")) is not None:
-        after = replace(after, successor=successor.id)
-    if status.ended:
-        after = replace(after, finished_at=now, frame={}, claim=None, pausing=False, **unparked)
+        run["successor"] = successor.id
+    if status in ENDED:
+        run |= {**_UNPARKED, "finished_at": now, "frame": {}, "claim": None, "pausing": False}
     if before.started_at is None and status not in _NOT_STARTED:
-        after = replace(after, started_at=now)
+        run["started_at"] = now
+    after = before.changed(**run)
     wake = wake or (status is Status.SUSPENDED and (after.pausing or (after.ending is not None and not after.cleanup)))
     if wake and _may_wake(after):
-        after = replace(after, wake_at=now)
+        after = after.changed(wake_at=now)
     asked = _asks_more(view, after, beside.get("taken") or {})
     return Transition(before, after, next=_next(after, wake=wake, asked=asked), **beside)
 
@@ -49,23 +49,29 @@ def _with_body(view: View, write: dict[str, Any]) -> dict[str, Any]:
     body = view.body
     if body is None:
         return write
+    run, unwritten = view.run, body.unwritten
     gone = {*write.get("prune", ()), *body.pruning}
-    entries = (*body.deferred.values(), *write.get("entries", ()), *body.unwritten.values())
-    entries = tuple(entry for entry in entries if entry.step_id not in gone)  # over before they were written
-    entries = tuple(sorted(entries, key=lambda entry: entry.kind is EntryKind.RESULT))  # the run's own comes last
-    passed = sum(entry.parent is None and entry.kind in OPERATIONS and entry.status == "completed" for entry in entries)
-    more: dict[str, Any] = {"entries": entries, "prune": tuple(sorted(gone))}
-    frame = write.get("frame", view.run.frame)
-    if frame.keys() & body.unwritten.keys():  # blocks that were retried, and are over
-        write = {**write, "frame": {k: begun for k, begun in frame.items() if k not in body.unwritten}}
-    frame = write.get("frame", view.run.frame)
-    if ended := body.unwritten.keys() & frame.keys():  # blocks that were retried
-        more["frame"] = {step_id: begun for step_id, begun in frame.items() if step_id not in ended}
-    if passed:
-        more["current_step"] = view.run.current_step + passed
-    if view.run.started_at is None and body.workflow.cleans_up:
-        more["cleanup"] = True
-    return write | {name: what for name, what in more.items() if what or name == "frame"}
+    entries = (*body.deferred.values(), *write.get("entries", ()), *unwritten.values())
+    if gone:  # over before they were written
+        entries = tuple(entry for entry in entries if entry.step_id not in gone)
+    if len(entries) > 1:  # the run's own comes last
+        entries = tuple(sorted(entries, key=lambda entry: entry.kind is EntryKind.RESULT))
+    write = {**write, "entries": entries}
+    if gone:
+        write["prune"] = tuple(sorted(gone))
+    frame = write.get("frame", run.frame)
+    if ended := unwritten.keys() & frame.keys():  # blocks that were retried, and are over
+        write["frame"] = {step_id: begun for step_id, begun in frame.items() if step_id not in ended}
+    if passed := sum(map(_is_passed, entries)):
+        write["current_step"] = run.current_step + passed
+    if run.started_at is None and body.workflow.cleans_up:
+        write["cleanup"] = True
+    return write
+
+
+def _is_passed(entry: Entry) -> bool:
+    """Whether the cursor counts it."""
+    return entry.parent is None and entry.status == "completed" and entry.kind in OPERATIONS
 
 
 def park(
@@ -95,7 +101,7 @@ def park(
         "waiting_name": name,
         "wake_at": min(limits, default=None),
     } | write
-    after = replace(run, status=status, **{k: v for k, v in write.items() if k not in _BESIDE | {"wake"}})
+    after = run.changed(status=status, **{k: v for k, v in write.items() if k not in _BESIDE and k != "wake"})
     if after == run and not _BESIDE & write.keys():
         return None
     return move(view, now, status, **write)
@@ -108,13 +114,14 @@ def with_step(run: Run, step_id: str, begun: Begun) -> Mapping[str, Begun]:
 
 def without(run: Run, *step_ids: str) -> Mapping[str, Begun]:
     """The run's frame without steps that have finished."""
-    return {step_id: begun for step_id, begun in run.frame.items() if step_id not in step_ids}
+    frame = run.frame  # most steps have never been in it
+    return {step_id: begun for step_id, begun in frame.items() if step_id not in step_ids} if frame else frame
 
 
 def _next(after: Run, *, wake: bool, asked: bool) -> Next | None:
     if after.claim is not None:
         return None
-    rests = after.status.ended or after.status is Status.PAUSED or after.waiting_for is not None
+    rests = after.status in ENDED or after.status is Status.PAUSED or after.waiting_for is not None
     if rests and not asked and not (wake and _may_wake(after)):
         return None
     return Next.of(after.status)
@@ -127,11 +134,14 @@ def _may_wake(after: Run) -> bool:
 
 def _asks_more(view: View, after: Run, taken: Collection[int]) -> bool:
     """Whether the inbox holds a request, beside those taken now, that may still act on the run."""
+    if not view.inbox:
+        return False
     act = frozenset({MessageKind.ROLLBACK}) if after.status is Status.COMPLETED else REQUESTS
     may_act = not after.status.ended or after.status is Status.COMPLETED
     return may_act and any(m.kind in act and m.seq not in taken for m in view.inbox)
 
 
+_UNPARKED: Final[Mapping[str, Any]] = {"waiting_for": None, "waiting_name": None, "wake_at": None}
 _BESIDE = frozenset(Transition.__dataclass_fields__) - {"before", "after", "next"}
 OPERATIONS: Final = frozenset(EntryKind) - {
     EntryKind.BRANCH, EntryKind.ITERATION, EntryKind.CHOICE, EntryKind.UNDO, EntryKind.RESULT, EntryKind.PATCH,

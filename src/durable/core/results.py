@@ -26,11 +26,19 @@ class Results(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._loaded:
-            if self._workflow is None or name not in tuple(self):
+            if not self._has(name):
                 there = ", ".join(map(repr, self)) or "none yet"
                 raise KeyError(f"no finished node {name!r}; finished: {there}")
             self._loaded[name] = self._load(name)
         return self._loaded[name]
+
+    def _has(self, name: str) -> bool:
+        entry = self._journal.get(name)
+        if self._workflow is None or entry is None or not _finished(entry):
+            return False
+        if self._workflow.body is not None:
+            return entry.parent is None and entry.kind in OPERATIONS
+        return name in self._workflow.by_name
 
     def _load(self, name: str) -> Any:
         assert self._workflow is not None
@@ -57,7 +65,7 @@ def load_result(workflow: Workflow, name: str, journal: Mapping[str, Entry]) -> 
 
     Raises KeyError if it has not finished, PayloadError if its result does not match the type in the code any more.
     """
-    node, entry = node_of(workflow, name), journal.get(name)
+    node, entry = workflow.by_name.get(name), journal.get(name)
     if node is None or entry is None or not _finished(entry):
         raise KeyError(name)
     try:
@@ -84,7 +92,7 @@ def node_of(workflow: Workflow | None, step_id: str) -> Node | None:
     found = _STEP_ID.match(step_id)
     if workflow is None or found is None:
         return None
-    return next((node for node in workflow.nodes if node.name == found["node"]), None)
+    return workflow.by_name.get(found["node"])
 
 
 def _finished(entry: Entry | None) -> bool:

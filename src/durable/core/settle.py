@@ -83,13 +83,15 @@ def step_ended(view: View, now: datetime, limits: Limits, call: Call, entry: Ent
     decided = plan(passed, now, limits)
     if not isinstance(decided, Transition):
         decided = move(passed, now, Status.RUNNING)
-    return replace(decided, before=view.run)
+    return decided.of_row(view.run)
 
 
 def _with_entry(view: View, entry: Entry) -> View:
     """`view` with a step ended by `entry`, which is still to be written; the claim that it ran under is over."""
-    run = replace(view.run, frame=without(view.run, entry.step_id), claim=None)
-    return replace(view, run=run, journal={**view.journal, entry.step_id: entry})
+    run = view.run
+    if run.claim is not None or entry.step_id in run.frame:
+        run = run.changed(frame=without(run, entry.step_id), claim=None)
+    return view.ahead(run, {**view.journal, entry.step_id: entry})
 
 
 def defer(view: View, ended: Ended) -> View | None:
@@ -125,7 +127,7 @@ def _succeeded(view: View, ended: Ended, value: str, limits: Limits) -> Transiti
             if asked(view):  # it completes when that has been done
                 frame = without(view.run, entry.step_id)
                 return move(view, now, Status.RUNNING, entries=(entry,), frame=frame, claim=None)
-            passed = replace(view, journal={**view.journal, entry.step_id: entry})
+            passed = view.ahead(view.run, {**view.journal, entry.step_id: entry})
             return complete(passed, now, entries=(entry,))
         case Purpose.UNDO:
             return undo.undone(view, now, _target(view, call), started_at=ended.started_at)
@@ -281,9 +283,9 @@ def _interrupted(view: View, ended: Ended, by: str) -> Transition:
 
 def _crashed(view: View, ended: Ended, limits: Limits) -> Transition:
     """Its transaction was lost with the connection: counted like a crash, so that it can't repeat for ever."""
-    free = view if ended.call.shares else replace(view, run=replace(view.run, claim=None))
+    free = view if ended.call.shares else view.ahead(view.run.changed(claim=None))
     charged = charge(free, ended.now, limits, [ended.call.step_id], "its connection to the database was lost")
-    return replace(charged, before=view.run)
+    return charged.of_row(view.run)
 
 
 def _target(view: View, call: Call) -> Target:

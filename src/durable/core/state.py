@@ -152,7 +152,7 @@ class Ending:
     stop: bool = False  # cancel during the rollback: end after the current compensator
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: so it is copied at once, see `changed`
 class Run:
     """The locked run row, whole. A transition says what it becomes."""
 
@@ -190,6 +190,15 @@ class Run:
     started_at: datetime | None = None
     finished_at: datetime | None = None
 
+    def changed(self, **fields: Any) -> Run:
+        """This run with other values in `fields`: ``dataclasses.replace``, which sets each field by itself, at a
+        fraction of the cost. Raises TypeError for what is no field."""
+        if not fields.keys() <= Run.__dataclass_fields__.keys():
+            raise TypeError(f"no fields of a run: {', '.join(fields.keys() - Run.__dataclass_fields__.keys())}")
+        other = object.__new__(Run)
+        vars(other).update(vars(self), **fields)
+        return other
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -201,3 +210,8 @@ class View:
     journal: Mapping[str, Entry]
     inbox: tuple[Message, ...]
     body: Body | None = None  # of a function: its coroutine, as far as the journal has driven it
+
+    def ahead(self, run: Run, journal: Mapping[str, Entry] | None = None) -> View:
+        """The same with what is decided and not written yet: the run as it becomes, and its journal."""
+        journal = self.journal if journal is None else journal
+        return View(run, self.workflow, self.registry, journal, self.inbox, self.body)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
@@ -135,11 +135,13 @@ class FailedAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One row of the run's events: a lifecycle transition (`kind` as in HistoryEvent.kind) or a discarded branch."""
+    """One row of the run's events: a lifecycle transition (`kind` as in HistoryEvent.kind) or a discarded branch. `at`:
+    if that was not now."""
 
     kind: str
     step_id: str | None = None
     data: Mapping[str, Any] | None = None
+    at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,10 @@ class Transition:
     next: Next | None = None
     forget: tuple[str, ...] = ()  # step ids whose `failed` journal rows are deleted: retry takes them up anew
     reports: tuple[Report, ...] = ()  # for the hooks of the process that writes this
+
+    def of_row(self, row: Run) -> Transition:
+        """The same, to be written to `row`: it was decided for a run that was ahead of it."""
+        return self if self.before is row else replace(self, before=row)
 
     @property
     def ends(self) -> bool:

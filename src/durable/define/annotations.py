@@ -56,6 +56,8 @@ def annotation_of(fn: Callable[..., Any], parameter: str) -> Any:
 
 def underlying(fn: Any) -> Any:
     """The function behind partials, a bound method, a callable object; `fn` itself if there is none."""
+    if inspect.isfunction(fn):  # as nearly all are
+        return fn
     *_, innermost = layers(fn)
     return innermost
 

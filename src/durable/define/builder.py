@@ -362,6 +362,8 @@ def check_name(name: Any, *, where: str, what: str, reserved: str = _RESERVED) -
         raise DefinitionError(f"{where}: {what} is empty")
     if len(name) > MAX_NAME:
         raise DefinitionError(f"{where}: {what} {name[:20]!a}... has {len(name)} characters: at most {MAX_NAME}")
+    if name.isprintable() and set(reserved).isdisjoint(name):  # as nearly all are
+        return str.__str__(name)
     for character in name:
         if character in reserved or unicodedata.category(character) in ("Cc", "Cs"):
             kind = "a character that separates journal keys" if character in reserved else "no printable character"

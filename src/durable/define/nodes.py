@@ -125,3 +125,7 @@ class Workflow:
     takes_input: bool = True
     cleans_up: bool = False  # the body has something to do when it is canceled
     cancel_timeout: float = 30.0  # seconds that it has for that
+    by_name: Mapping[str, Node] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_name", {node.name: node for node in self.nodes})

@@ -39,6 +39,8 @@ class Unset(Enum):
 
     UNSET = "unset"
 
+    __hash__ = object.__hash__  # options are looked up by their values at each step of a body; an enum's own is slow
+
     def __repr__(self) -> str:
         return "UNSET"
 
@@ -63,6 +65,7 @@ class Options:
 
 
 OPTION_NAMES: Final = tuple(f.name for f in fields(Options))
+NO_OPTIONS: Final = Options()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +142,10 @@ def branch(
 
 def make_options(*, where: str, **given: Any) -> Options:
     """Check options as a user gave them. Raises DefinitionError, which says `where`."""
-    refuse_unknown(where, (name for name in given if name not in OPTION_NAMES), OPTION_NAMES)
+    if unknown := [name for name in given if name not in _CHECKS]:
+        refuse_unknown(where, unknown, OPTION_NAMES)
     checked = {name: _CHECKS[name](value, where) for name, value in given.items() if value is not UNSET}
-    return Options(**checked)
+    return Options(**checked) if checked else NO_OPTIONS
 
 
 def refuse_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:

@@ -47,7 +47,7 @@ class Schema:
     Raises DefinitionError if pydantic can't handle the annotation.
     """
 
-    __slots__ = ("_adapter", "annotation", "coerce", "loose", "prepare")
+    __slots__ = ("_adapter", "_as_it_is", "annotation", "coerce", "loose", "prepare")
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Schema:
     ) -> None:
         self.annotation, self.loose, self.prepare, self.coerce = annotation, loose, prepare, coerce
         self._adapter = None if annotation in _PLAIN else _adapter(annotation)
+        self._as_it_is = next((kind for declared, kind in _PLAIN_TYPES if annotation == declared), None)
 
     def __repr__(self) -> str:
         return f"Schema({describe(self.annotation)}{', loose=True' if self.loose else ''})"
@@ -91,6 +92,8 @@ class Schema:
             return _loose_text(value)
         if self._adapter is None:
             return _plain_text(value)
+        if type(value) is self._as_it_is and (text := _text_that_fits(value)) is not None:
+            return text
         try:
             return self._typed_text(value)
         except PayloadError:
@@ -137,6 +140,10 @@ class Schema:
 
 
 _JSON_TYPES = (str, int, float, bool, type(None), list, dict)
+_PLAIN_TYPES: Final[tuple[tuple[Any, type], ...]] = (
+    *((kind, kind) for kind in _JSON_TYPES), (None, type(None)), (dict[str, Any], dict), (list[Any], list),
+)  # fmt: skip
+"""Declared types that say no more of a value of that type than plain JSON does: there is nothing to be checked."""
 
 
 @lru_cache(maxsize=1024)
@@ -165,6 +172,12 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def _plain_text(value: Any) -> JsonText:
     """JSON text of a value that consists of plain JSON types only."""
+    text = _text_that_fits(value)
+    return _slow_text(value) if text is None else text
+
+
+def _text_that_fits(value: Any) -> JsonText | None:
+    """JSON text of a value that comes back from it as it was; None if there is anything about it that may not."""
     if value is None:
         return "null"
     try:
@@ -173,8 +186,8 @@ def _plain_text(value: Any) -> JsonText:
             if "\\u0000" not in text and (text.isascii() or text.encode("utf-8")):
                 return text
     except (ValueError, RecursionError):
-        pass  # NaN, a lone surrogate, a stack that is nearly full: found again, with its place, below
-    return _slow_text(value)
+        pass  # NaN, a lone surrogate, a stack that is nearly full: found again, with its place, by _slow_text
+    return None
 
 
 def _slow_text(value: Any) -> JsonText:

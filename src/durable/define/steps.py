@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -70,10 +71,7 @@ def step_work(fn: Callable[..., Any], args: tuple[Any, ...], options: Options, w
     it does not take."""
     prepared = _prepared(fn, options, where)
     prepared.check(args)
-    work = replace(prepared.work, handler=prepared.bound(args))
-    if prepared.undo is None:
-        return work
-    return replace(work, compensate=replace(prepared.undo.work, handler=prepared.undo.bound(args)))
+    return prepared.bound(fn, args)
 
 
 def default_name(fn: Callable[..., Any]) -> str | None:
@@ -93,14 +91,19 @@ class _Prepared:
     work: Work
     takes_context: bool
     signature: inspect.Signature | None
+    takes: range  # so many arguments
     kind: type[Bound]
     undo: _Prepared | None = None
 
-    def bound(self, args: tuple[Any, ...]) -> Bound:
-        return self.kind(self.fn, args, self.takes_context)
+    def bound(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Work:
+        """The work, with these arguments. `fn` equals the function that it was prepared for."""
+        work, undo = self.work, self.undo.bound(self.undo.fn, args) if self.undo is not None else None
+        handler = self.kind(fn, args, self.takes_context)
+        return Work(handler, work.retry, work.timeout, undo, work.transactional, work.at_most_once, work.result)
 
     def check(self, args: tuple[Any, ...]) -> None:
-        if self.signature is not None:
+        """Raises TypeError for arguments that it does not take."""
+        if self.signature is not None and len(args) not in self.takes:
             self.signature.bind(*((None,) if self.takes_context else ()), *args)
 
 
@@ -110,7 +113,9 @@ def _handler(ctx: Any) -> None:
 
 def _prepared(fn: Callable[..., Any], options: Options, where: str) -> _Prepared:
     try:
-        return _remembered(fn, options, where)
+        return _remembered(fn, options)
+    except DefinitionError:  # to be told with its place
+        return _prepare(fn, options, where)
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
@@ -130,17 +135,32 @@ def _prepare(fn: Callable[..., Any], options: Options, where: str) -> _Prepared:
         raise DefinitionError(f"{where}: {error}") from error
     work = make_work(_handler, where=where, options=replace(chosen, compensate=UNSET), result=result)
     kind = AsyncBound if is_async(fn) else Bound
-    return _Prepared(fn, work, takes_context(fn), _signature(fn), kind, undo)
+    signature, given_context = _signature(fn), takes_context(fn)
+    return _Prepared(fn, work, given_context, signature, _arguments(signature, given_context), kind, undo)
 
 
 def _prepare_undo(fn: Any, where: str) -> _Prepared:
     where = f"{where}, compensator {name_of(fn)}"
     check_callable(fn, where=where, what="the compensator")
     work = make_work(_handler, where=where, options=replace(options_of(fn), compensate=UNSET), result=NOTHING)
-    return _Prepared(fn, work, takes_context(fn), None, AsyncUndoing if is_async(fn) else Undoing)
+    return _Prepared(fn, work, takes_context(fn), None, range(0), AsyncUndoing if is_async(fn) else Undoing)
 
 
-_remembered = lru_cache(maxsize=4096)(_prepare)
+@lru_cache(maxsize=4096)
+def _remembered(fn: Callable[..., Any], options: Options) -> _Prepared:
+    return _prepare(fn, options, "")  # where it is said matters to errors alone, and those are not remembered
+
+
+def _arguments(signature: inspect.Signature | None, given_context: bool) -> range:
+    """How many positional arguments a function takes, besides its context; none where that is not all it needs."""
+    parameters = list(signature.parameters.values()) if signature is not None else []
+    if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        return range(0)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least, most = sum(p.default is p.empty for p in positional), len(positional)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        most = sys.maxsize - 1
+    return range(max(0, least - given_context), most - given_context + 1)
 
 
 def takes_context(fn: Callable[..., Any]) -> bool:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Final
 
-import psycopg
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests import invariants
 from tests.engine.kit import Facts
@@ -22,7 +21,7 @@ from tests.properties.functions.world import LIMIT, RESUMED, answers, begin, jou
 from durable import AsyncDurable
 from durable.core.state import Begun
 from durable.store import codec
-from durable.store.db import Connection
+from durable.store.connection import Connection
 from durable.store.journal import load_journal
 from durable.testing import AsyncHarness
 from durable.values import WaitingFor
@@ -36,7 +35,7 @@ NEW: Final = 3
 async def test_the_engine_comes_to_what_the_model_says(dsn: str, record_property: Record) -> None:
     seen = Seen()
     app = AsyncDurable(dsn, workflows=[program], detach_after=1_000.0, max_crashes=1_000)
-    async with app, await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with app, await Connection.connect(dsn, autocommit=True) as connection:
         for number, chosen in enumerate(some_programs()):
             seen.add(chosen)
             LOG.clear()

@@ -156,6 +156,7 @@ def copied(world: World) -> World:
     """Another world that stands where `world` stands. What is in the worker's memory is not copied."""
     other = copy.copy(world)
     other.jobs, other.outgoing, other.effects, other.held, other.bodies = [*world.jobs], [*world.outgoing], [], [], {}
+    other.journals = {}
     other.at_point, other.doubts = None, False
     other.runs = {}
     for id_, sim in world.runs.items():

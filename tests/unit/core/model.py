@@ -8,7 +8,7 @@ User code is called by the engine's own scripts, without its event loop. It is n
 
 Functions have bodies: with `keeps`, a worker keeps them from one transition to the next, as the engine does; without,
 each decision is made by a replay. Either way every decision is also made by another body, new from the journal, and
-must be the same.
+must be the same. So it is with builders' journals, which a worker carries on from one step to the next.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from durable.core import control
 from durable.core.crash import claimed, died
 from durable.core.functions.body import Body
 from durable.core.functions.new import new_body
+from durable.core.journal import Journal
 from durable.core.plan import go_on, plan
 from durable.core.settle import Ended, defer, settle
 from durable.core.state import REQUESTS, Claim, Entry, Failure, Message, MessageKind, Run, View
@@ -313,6 +314,7 @@ class World:
         self.keeps = keeps  # bodies, while the worker lives
         self.doubts = doubts  # what they decide, and asks another one
         self.bodies: dict[uuid.UUID, tuple[int, Body]] = {}  # and the revision of their run
+        self.journals: dict[uuid.UUID, tuple[int, Journal]] = {}  # of builders' runs, likewise
         self.held: list[Body] = []  # those of the transaction that is open
         self.now = START
         self.seq = 0
@@ -484,6 +486,7 @@ class World:
             body.close()
         self.held.clear()
         self.bodies.clear()
+        self.journals.clear()
         sim = self.runs[self.job.run_id]
         sim.busy = False
         self._take_over(sim, self.job)
@@ -510,7 +513,7 @@ class World:
         """The run, and its body: the one that was kept for this revision, else a new one."""
         view = sim.view
         if view.workflow is None or view.workflow.body is None:
-            return view
+            return replace(view, journal=self._carried(sim))
         revision, body = self.bodies.pop(sim.id, (None, None))
         if body is None or revision != sim.run.revision:
             if body is not None:
@@ -518,6 +521,14 @@ class World:
             body = new_body(view.workflow, view.run, view.registry)
         self.held.append(body)
         return replace(view, body=body)
+
+    def _carried(self, sim: Sim) -> Journal:
+        """The journal as this worker knows it since its last step, else as it is loaded."""
+        revision, journal = self.journals.pop(sim.id, (None, Journal()))
+        if revision != sim.run.revision:
+            return Journal(sim.journal)
+        assert list(journal.items()) == list(sim.journal.items()), "a carried journal is what was written"
+        return journal
 
     def _in_place_of(self, view: View) -> Body | None:
         """Another body, not driven yet."""
@@ -556,7 +567,7 @@ class World:
     def _replayed(self, view: View, running: frozenset[str] = frozenset()) -> Decision:
         """What is decided by a body that is new."""
         if view.workflow is None or view.workflow.body is None:
-            return plan(view, self.now, self.limits, running)
+            return plan(replace(view, journal=dict(view.journal)), self.now, self.limits, running)
         fresh = new_body(view.workflow, view.run, view.registry)
         decided = plan(replace(view, body=fresh), self.now, self.limits, running)
         fresh.close()
@@ -571,6 +582,10 @@ class World:
         ends = transition.forget or transition.after.status.ended or transition.after.ending is not None
         if view.body is not None:
             view.body.written(transition.entries, transition.prune)
+        elif isinstance(view.journal, Journal):
+            written = [sim.journal[entry.step_id] for entry in transition.entries]
+            after = view.journal.after(written, {*transition.forget, *transition.prune})
+            self.journals[sim.id] = sim.run.revision, after
         self._let_go(sim, view.body, keep=not ends)
         self._point()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tests.unit.core.model import Sim, World, once
 
+from durable.core.graph import divergence
+from durable.core.journal import Journal
 from durable.define.builder import Builder, define
 from durable.values import Status, WaitingFor
 
@@ -135,3 +138,45 @@ def test_a_version_keeps_to_itself() -> None:
     old, new = world.start("w", version="1"), world.start("w")
     world.drain()
     assert (old.result, new.result) == ({"a": "one"}, {"a": "two"})
+
+
+# ---------------------------------------------------------------- once for each load
+
+
+def test_a_journal_that_agrees_is_not_compared_again() -> None:
+    _, run = parked()
+    journal = Journal(run.journal)
+    view = replace(run.view, journal=journal)
+    assert divergence(view) is None
+    assert journal.agrees_with is view.workflow
+    assert divergence(replace(view, run=replace(view.run, current_step=1))) is None
+    carried = journal.after([replace(journal["a"], step_id="c")])
+    assert list(carried) == ["a", "b", "c"]
+    assert carried.agrees_with is view.workflow
+    assert "c" not in journal
+
+
+def test_it_is_compared_with_another_definition_and_once_something_was_deleted() -> None:
+    _, run = parked()
+    journal = Journal(run.journal)
+    view = replace(run.view, journal=journal)
+    assert divergence(view) is None
+    other = World(CHANGED["renamed"]).registry.latest("w")
+    assert divergence(replace(view, workflow=other)) is not None
+    assert divergence(replace(view, journal=journal.after([], gone=["a"]))) is not None
+
+
+def test_one_that_differs_is_compared_each_time() -> None:
+    world, run = parked()
+    journal = Journal(run.journal)
+    world.registry = World(CHANGED["swapped"]).registry
+    view = replace(run.view, journal=journal)
+    assert divergence(view) is not None
+    assert divergence(view) is not None
+    assert journal.agrees_with is None
+
+
+def test_a_suspended_step_that_goes_on_is_written_behind_the_others() -> None:
+    _, run = parked()
+    journal = Journal(run.journal)
+    assert list(journal.after([journal["a"]])) == ["b", "a"]

@@ -54,6 +54,8 @@ def test_results_are_typed_and_loaded_once() -> None:
 def test_what_has_not_finished_is_a_key_error_that_lists_what_has() -> None:
     with pytest.raises(KeyError, match="no finished node 'nap'; finished: 'pay', 'p'"):
         results()["nap"]
+    with pytest.raises(KeyError, match="no finished node 'p/x'"):
+        results()["p/x"]
     with pytest.raises(KeyError, match="none yet"):
         Results(None, {})["pay"]
     assert repr(Results(None, {})) == "<results of no node yet>"

@@ -67,6 +67,23 @@ def test_plain_values_come_back_as_they_were(value: Any) -> None:
 
 
 @given(values)
+def test_a_declared_plain_type_takes_the_same_values_and_gives_the_same_text(value: Any) -> None:
+    declared: dict[type, list[Any]] = {dict: [dict[str, Any]], list: [list[Any]], type(None): [None]}
+    for annotation in (type(value), *declared.get(type(value), [])):
+        schema = Schema(annotation)
+        text = schema.dump(value)
+        assert text == ANY.dump(value) == schema._typed_text(value)  # which checks that it comes back
+        assert repr(schema.load(text)) == repr(value)
+
+
+@pytest.mark.parametrize("annotation", [dict, dict[str, Any]])
+@pytest.mark.parametrize("value", [{"a": (1,)}, {1: 2}, {"a": math.nan}, {"a": 2**63}, {"a": "\0"}, {"a": Point(1)}])
+def test_a_declared_plain_type_refuses_what_does_not_come_back(annotation: Any, value: Any) -> None:
+    with pytest.raises(PayloadError):
+        Schema(annotation).dump(value)
+
+
+@given(values)
 def test_the_text_is_compact_json(value: Any) -> None:
     assert ANY.dump(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 

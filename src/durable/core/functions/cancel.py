@@ -29,5 +29,5 @@ def cleaned_up(view: View, now: datetime, **write: Any) -> Transition:
     assert run.ending is not None
     if not run.ending.compensate:
         return end(view, now, Status.CANCELED, reason=run.ending.reason, error=None, cleanup=False, **write)
-    free = replace(view, run=replace(run, cleanup=False))
-    return replace(begin_rollback(free, now, **write), before=run)
+    free = view.ahead(run.changed(cleanup=False))
+    return begin_rollback(free, now, **write).of_row(run)

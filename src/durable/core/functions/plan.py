@@ -88,13 +88,13 @@ def forward(view: View, now: datetime, limits: Limits, running: frozenset[str], 
 
 def _cleared(view: View, now: datetime, limits: Limits, running: frozenset[str], *, canceling: bool) -> Decision:
     """The body came through: it is not what killed the worker. The step that it is at may be."""
-    free = replace(view, run=replace(view.run, frame=without(view.run, SUSPECT)))
+    free = view.ahead(view.run.changed(frame=without(view.run, SUSPECT)))
     decided = Planning(free, now, limits, running, canceling=canceling).decide()
     if isinstance(decided, Call) and not decided.claims_first:
         decided = charge(free, now, limits, [decided.step_id])
     elif not isinstance(decided, Transition):
         decided = move(free, now, Status.RUNNING)
-    return replace(decided, before=view.run)
+    return decided.of_row(view.run)
 
 
 def _killer(view: View, suspect: Begun) -> Failure:
@@ -158,7 +158,8 @@ class Planning:
             self._full = rounds > ROUNDS
             if self._full:
                 return frontier
-            moved = [self._look_at(leaf) for leaf in sorted(frontier.leaves, key=self._since)]
+            leaves = frontier.leaves if len(frontier.leaves) < 2 else sorted(frontier.leaves, key=self._since)
+            moved = [self._look_at(leaf) for leaf in leaves]
             if not any(moved) or self._again:
                 return frontier
 
@@ -234,8 +235,9 @@ class Planning:
                 return True
             case Call() as ready:
                 asked = self._before.ending
-                limit = asked.until if asked is not None and self._canceling else ready.deadline
-                self._calls.append(replace(ready, deadline=limit))
+                if asked is not None and self._canceling:
+                    ready = replace(ready, deadline=asked.until)
+                self._calls.append(ready)
         return False
 
     def _child(self, leaf: Operation[Any], key: str, given: Any) -> bool:
@@ -341,12 +343,12 @@ class Planning:
         if leaf is not None:
             entry = replace(entry, parent=leaf.parent if key is None or key == leaf.key else leaf.key)
         self._entries.append(entry)
-        journal = {**self._view.journal, entry.step_id: entry}
-        self._view = replace(self._view, journal=journal)
-        self._frame(without(self._view.run, entry.step_id))
+        run = self._view.run.changed(frame=without(self._view.run, entry.step_id))
+        self._view = self._view.ahead(run, {**self._view.journal, entry.step_id: entry})
+        self._changed = True
 
     def _frame(self, frame: Mapping[str, Begun]) -> None:
-        self._view = replace(self._view, run=replace(self._view.run, frame=frame))
+        self._view = self._view.ahead(self._view.run.changed(frame=frame))
         self._changed = True
 
     def _end_lost(self) -> None:
@@ -400,7 +402,7 @@ class Planning:
         if not self._changed:
             return park(self._view, self._now, waiting_for, name=name, wake_at=wake_at)
         parked = park(
-            replace(self._view, run=replace(self._view.run, waiting_for=None)),
+            self._view.ahead(self._view.run.changed(waiting_for=None)),
             self._now,
             waiting_for,
             name=name,
@@ -427,7 +429,7 @@ class Planning:
             where = error.at(f"the result of workflow {self._before.workflow!r}")
             return self._made(ending.failed(self._view, self._now, where, **self._writes()))
         entry = Entry("run:result", EntryKind.RESULT, "completed", text, finished_at=self._now)
-        passed = replace(self._view, journal={**self._view.journal, entry.step_id: entry})
+        passed = self._view.ahead(self._view.run, {**self._view.journal, entry.step_id: entry})
         writes = self._writes()
         writes["entries"] = (*writes.get("entries", ()), entry)
         return self._made(complete(passed, self._now, claim=None, **writes))
@@ -441,7 +443,7 @@ class Planning:
         """The view that planning began with: nothing counts that the body derived, but the step that has just ended."""
         self._body.unwritten.clear()
         self._body.stale = True
-        return replace(self._view, run=self._before)
+        return self._view.ahead(self._before)
 
     def _writes(self) -> dict[str, Any]:
         gathered: dict[str, Sequence[Any] | Mapping[int, Any]] = {
@@ -458,7 +460,7 @@ class Planning:
         return {name: what for name, what in gathered.items() if what}
 
     def _made(self, transition: Transition) -> Transition:
-        return replace(transition, before=self._before)
+        return transition.of_row(self._before)
 
 
 def suspect(view: View, now: datetime, limits: Limits) -> Transition | None:

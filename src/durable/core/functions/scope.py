@@ -26,6 +26,7 @@ class Scope:
         self, body: Body, path: str, uncompleted: dict[int, str] | None = None, *, in_branch: bool = False
     ) -> None:
         self.body, self.path, self.in_branch = body, path, in_branch
+        self.place = f"workflow {body.workflow.name!r}" + (f", in {path!r}" if path else "")  # for messages
         self.strand: Strand | None = None
         self.uncompleted: dict[int, str] = {} if uncompleted is None else uncompleted  # messages, by seq
         self._counts: dict[str, int] = {}
@@ -64,11 +65,6 @@ class Scope:
         self._epoch = f":r{epoch}"
         self._random = None
         self._patches.clear()
-
-    @property
-    def place(self) -> str:
-        """For messages."""
-        return f"workflow {self.body.workflow.name!r}" + (f", in {self.path!r}" if self.path else "")
 
     # ---------------------------------------------------------------- rules
 
