@@ -14,7 +14,7 @@ from tests.engine.kit import Ctx, Facts, an_app, soon, until, working
 
 from durable import AsyncDurable, ConfigurationError, Durable, Start, define
 from durable.worker import Worker
-from durable.worker.jobs import LastingWorker
+from durable.worker.serving import LastingWorker
 from durable.worker.watchdog import EXIT_CODE, Watchdog
 
 CHAIN = define("w").step("a", lambda ctx: 1).step("b", lambda ctx: ctx.results["a"] + 1).sleep("s", 0)

@@ -1,9 +1,10 @@
-"""The queue's side of a worker: procrastinate's app and worker, made to outlast the database.
+"""The queue's side of a worker: procrastinate's app and job manager, made to outlast the database.
 
 procrastinate's own loops end at the first error of the database (a fetch that fails ends the worker, a listener or
 heartbeat that fails stops it with exit code 0), and a finish that fails leaves its job `doing` for ever. Here each of
-them is tried again until the database answers. Jobs are fetched and finished on connections in autocommit mode without
-a check on checkout, and commit asynchronously: what gets lost by that is delivered twice, which changes nothing.
+them is tried again until the database answers. Jobs are fetched and finished many at a time, by one statement, on
+connections in autocommit mode without a check on checkout, and commit asynchronously: what gets lost by that is
+delivered twice, which changes nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, Final
 
 import procrastinate
 from procrastinate import exceptions
 from procrastinate import jobs as queue_jobs
 from procrastinate.manager import JobManager, NotificationCallback
-from procrastinate.worker import Worker as QueueWorker
 from psycopg import Error as DatabaseError
 from psycopg import errors, sql
 from psycopg_pool import AsyncConnectionPool
@@ -30,13 +30,48 @@ from durable.engine.engine import Engine
 from durable.engine.points import Point
 from durable.logs import inside
 from durable.queue import ADVANCE, COMPENSATE, RING
-from durable.store.db import Connection, Store, connection_settings
+from durable.queue_schema import NOT_FOR_FETCH
+from durable.store.connection import Connection
+from durable.store.db import Store, connection_settings
 
 log = logging.getLogger(__name__)
 
-POLLING: Final = 1.0
-"""Seconds after which the queue is looked at although nobody rang: re-rings, and lost notifications."""
 CONNECTIONS: Final = 4
+FINISH_TRIES: Final = 4
+"""How often a job that was performed is finished until that is left to recovery."""
+
+# What procrastinate's own functions for a fetch and a finish do, for many jobs, in one round trip. `done` and the fetch
+# see the queue as it was before: a job whose lock one of `performed` had is seen by the next fetch.
+EXCHANGE: Final = """
+-- finish jobs that were performed, and fetch others
+with done as (
+  delete from procrastinate_jobs where id in (
+    select job.id from procrastinate_jobs job
+    join unnest(%(performed)s::bigint[], %(performers)s::bigint[]) as performed (id, worker) on performed.id = job.id
+    where job.status = 'doing' and (job.worker_id = performed.worker or job.worker_id is null)
+    for update of job skip locked)
+), next as (
+  select job.id from procrastinate_jobs job
+  where job.status = 'todo'
+    and (%(queues)s::varchar[] is null or job.queue_name = any (%(queues)s::varchar[]))
+    and (job.scheduled_at is null or job.scheduled_at <= now())
+    and not exists (
+      select from procrastinate_jobs other
+      where job.lock is not null and other.lock = job.lock
+        and (other.status = 'doing' or other.status = 'todo'
+             and (other.priority > job.priority or other.priority = job.priority and other.id < job.id)))
+  order by job.priority desc, job.id
+  limit %(wanted)s::int
+  for update of job skip locked
+)
+update procrastinate_jobs job set status = 'doing', worker_id = %(worker)s from next where job.id = next.id
+returning job.*
+"""
+
+# For the statement above, as in the queue's own functions: nothing of it may cost more when more jobs wait.
+SETTINGS: Final = {"synchronous_commit": "off", "plan_cache_mode": "force_generic_plan", "jit": "off"} | dict.fromkeys(
+    NOT_FOR_FETCH, "off"
+)
 
 
 def queue_app(store: Store) -> procrastinate.App:
@@ -44,8 +79,9 @@ def queue_app(store: Store) -> procrastinate.App:
 
     async def configure(connection: Connection) -> None:
         await connection.set_autocommit(True)  # as a connection setting it would break the listener
-        await connection.execute(sql.SQL("set search_path to {}, public").format(sql.Identifier(store.schema)))
-        await connection.execute("set synchronous_commit to off")
+        path = {"search_path": f"{sql.Identifier(store.schema).as_string()}, public"}
+        settings = (sql.SQL("set_config({}, {}, false)").format(*item) for item in (path | SETTINGS).items())
+        await connection.execute(sql.SQL("select {}").format(sql.SQL(", ").join(settings)))
 
     def pool(**settings: Any) -> AsyncConnectionPool[Any]:
         settings.pop("check", None)
@@ -97,16 +133,42 @@ class LastingJobManager(JobManager):
             await self.registered()
         return self.worker
 
-    async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> queue_jobs.Job | None:
+    async def exchange(
+        self, performed: Collection[queue_jobs.Job], wanted: int, queues: Iterable[str] | None = None
+    ) -> list[queue_jobs.Job] | None:
+        """Finish jobs that were performed, and fetch up to `wanted` others, the most urgent first.
+
+        Finished is deleted, but only what still is in the hands that it was fetched by, or in nobody's since this
+        worker was taken for dead. None: the database did not answer, a moment ago; nothing is known of either.
+        """
         try:
-            return await super().fetch_job(queues=queues, worker_id=self.worker or worker_id)
+            rows = await self.connector.execute_query_all_async(
+                EXCHANGE,
+                performed=[job.id for job in performed],
+                performers=[job.worker_id for job in performed],
+                queues=list(queues) if queues is not None else None,
+                wanted=wanted,
+                worker=self.worker,
+            )
         except exceptions.ConnectorException as error:
             if isinstance(error.__cause__, errors.ForeignKeyViolation):
                 await self._come_back()
                 return None
-            log.warning("cannot fetch jobs: %s", _cause(error))
+            log.warning("cannot fetch or finish jobs: %s", _cause(error))
             await asyncio.sleep(0.5)
             return None
+        return sorted(map(queue_jobs.Job.from_row, rows), key=lambda job: (-job.priority, job.id))
+
+    async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> queue_jobs.Job | None:
+        """One job, if there is one and the database answers."""
+        found = await self.exchange([], 1, queues)
+        return found[0] if found else None
+
+    async def done(self, job: queue_jobs.Job) -> None:
+        """Finish one job that was performed."""
+        for _ in range(FINISH_TRIES):
+            if await self.exchange([job], 0) is not None:
+                return
 
     async def _come_back(self) -> None:
         """This worker was taken for dead, and forgotten: it had been stopped, or cut off. It goes on under a new id,
@@ -116,22 +178,6 @@ class LastingJobManager(JobManager):
         except (exceptions.ConnectorException, DatabaseError) as error:
             log.warning("cannot register with the queue again: %s", _cause(error))
             await asyncio.sleep(0.5)
-
-    async def finish_job(self, job: queue_jobs.Job, status: queue_jobs.Status, delete_job: bool) -> None:
-        """A row that is gone has been deleted by recovery; one that cannot be reached now is deleted by it later."""
-        for pause in (0.1, 0.5, 2.0, 0.0):
-            try:
-                return await super().finish_job(job=job, status=status, delete_job=delete_job)
-            except exceptions.ConnectorException as error:
-                if "was not found" in _cause(error):
-                    return None
-                log.warning("cannot finish job %s: %s", job.id, _cause(error))
-                await asyncio.sleep(pause)
-        return None
-
-    async def done(self, job: queue_jobs.Job) -> None:
-        """Delete a job that has been performed."""
-        await self.finish_job(job, queue_jobs.Status.SUCCEEDED, delete_job=True)
 
     async def update_heartbeat(self, worker_id: int) -> None:
         try:
@@ -154,26 +200,6 @@ class LastingJobManager(JobManager):
             await super().unregister_worker(self.worker or worker_id)
         except exceptions.ConnectorException as error:
             log.warning("cannot unregister from the queue: %s", _cause(error))
-
-
-class LastingWorker(QueueWorker):
-    """A worker whose monitor watches the side tasks: without a periodic task its deferrer would end, and with that the
-    watch."""
-
-    async def _periodic_deferrer(self) -> None:
-        await asyncio.Event().wait()
-
-    def end(self) -> None:
-        """Fetch no more; `serve` returns when what runs has ended."""
-        self.stop()  # type: ignore[no-untyped-call]
-
-    async def serve(self) -> None:
-        await self.run()  # type: ignore[no-untyped-call]
-
-    @property
-    def running(self) -> list[int]:
-        """The jobs that it executes."""
-        return [context.job.id for context in self._running_jobs.values() if context.job.id is not None]
 
 
 def _cause(error: BaseException) -> str:

@@ -16,7 +16,8 @@ from durable.engine.loops import Loops
 from durable.engine.points import Hook, nothing
 from durable.errors import ConfigurationError
 from durable.store import sweep as queries
-from durable.worker.jobs import POLLING, LastingJobManager, LastingWorker
+from durable.worker.jobs import LastingJobManager
+from durable.worker.serving import LastingWorker
 from durable.worker.session import Session, open_session
 from durable.worker.watchdog import Watchdog
 
@@ -37,6 +38,7 @@ class Worker:
     - `concurrency`: handlers in flight at once, detached ones included.
     - `grace`: seconds that `stop` gives to steps in progress before they are interrupted and handed back.
     - `watchdog`: end the process when its event loop is stuck; for a process that does nothing else.
+    - `fetch_batch`: jobs that are fetched at once, at most. Default: one for each free slot.
     """
 
     def __init__(
@@ -48,15 +50,19 @@ class Worker:
         watchdog: bool = False,
         handlers_app: object | None = None,
         burst_steps: int | None = None,
+        fetch_batch: int | None = None,
         at: Hook = nothing,
     ) -> None:
         if concurrency < 1:
             raise ConfigurationError(f"concurrency is {concurrency}: a worker needs at least 1")
+        if fetch_batch is not None and fetch_batch < 1:
+            raise ConfigurationError(f"fetch_batch is {fetch_batch}: a worker fetches at least 1 job at a time")
         self._app, self._grace, self._watchdog, self._at = app, grace, watchdog, at
         self._handlers_app = handlers_app if handlers_app is not None else app
         self._options = replace(app.options, concurrency=concurrency)
         if burst_steps is not None:
             self._options = replace(self._options, burst_steps=burst_steps)
+        self._fetch_batch = fetch_batch
         self._stop = asyncio.Event()
         self.started = asyncio.Event()
         self._queue_worker: LastingWorker | None = None
@@ -70,6 +76,13 @@ class Worker:
         if self._queue_worker is not None:
             self._queue_worker.end()
 
+    def nudge(self) -> None:
+        """Look into the queue at once: this process has put something there, and committed it. Without this the worker
+        hears of it by a notification, a little later. To be called on the worker's loop; early or in vain it only
+        costs a look."""
+        if self._queue_worker is not None:
+            self._queue_worker.nudge()
+
     async def run(self, *, until_idle: bool = False) -> None:
         """Work until `stop`; with `until_idle` until every run is finished or parked."""
         if not len(self._app.registry):
@@ -82,6 +95,7 @@ class Worker:
             loops = Loops(session.engine, session.liveness, lambda: self._jobs(session))
             loops.start()
             self._engine = session.engine
+            session.engine.fetch = self.nudge
             if dog is not None:
                 dog.start()
             self.started.set()
@@ -125,16 +139,12 @@ class Worker:
 
     async def _serve(self, session: Session, *, wait: bool) -> BaseException | None:
         """Run procrastinate's worker to its end; returns what it ended with."""
-        manager = session.queue.job_manager
-        assert isinstance(manager, LastingJobManager)
         self._queue_worker = LastingWorker(
             session.queue,
-            queues=[self._app.queue],
+            queue=self._app.queue,
             concurrency=self._options.concurrency,
             wait=wait,
-            fetch_job_polling_interval=POLLING,
-            delete_jobs="always",
-            install_signal_handlers=False,
+            fetch_batch=self._fetch_batch,
         )
         try:
             if not self._stop.is_set():
@@ -162,7 +172,7 @@ class Worker:
                 await hold.drop()
 
     def _jobs(self, session: Session) -> tuple[int | None, list[int]]:
-        """The id under which the queue knows this worker, and the jobs that it executes."""
+        """The id under which the queue knows this worker, and the jobs that it has in hand."""
         manager = session.queue.job_manager
         assert isinstance(manager, LastingJobManager)
         return manager.worker, self._queue_worker.running if self._queue_worker is not None else []
