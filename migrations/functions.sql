@@ -24,8 +24,10 @@ $$;
 -- only under the run's row lock. `durable.ring` is a doorbell: it says "look into the inbox". Only a ring with a delay
 -- (the row was busy) collapses with others, for its message lies in the inbox already.
 -- Doorbells go before continuations, these before new runs; p_priority is the user's, and orders within each band.
+-- A worker that takes the job up itself is p_quiet: commits that notify wait for each other.
 create function enqueue(
-  p_task text, p_run uuid, p_revision bigint, p_queue text, p_priority int, p_delay interval default null
+  p_task text, p_run uuid, p_revision bigint, p_queue text, p_priority int, p_delay interval default null,
+  p_quiet boolean default false
 ) returns void
 language plpgsql volatile
 set search_path = {schema}, pg_temp
@@ -43,12 +45,24 @@ begin
     p_task,
     greatest(-499999, least(499999, p_priority))
       + case when v_ring then 2000000 when p_revision > 0 then 1000000 else 0 end,
-    case when not v_ring then format('%s:%s', p_run, p_revision) when p_delay is not null then 'ring:' || p_run end,
-    jsonb_strip_nulls(jsonb_build_object('run_id', p_run, 'revision', p_revision)),
+    case when not v_ring then p_run || ':' || p_revision when p_delay is not null then 'ring:' || p_run end,
+    case when v_ring then jsonb_build_object('run_id', p_run)
+      else jsonb_build_object('run_id', p_run, 'revision', p_revision) end,
     clock_timestamp() + p_delay  -- the queue's time is the server's
   )
   on conflict (queueing_lock) where status = 'todo' do nothing;
+  if found and not p_quiet and (p_delay is null or p_delay <= interval '0') then
+    perform wake_workers(p_queue);
+  end if;
 end
+$$;
+
+
+-- Tells the workers of a queue to look for jobs. All that one transaction enqueues is announced once.
+create function wake_workers(p_queue text) returns void
+language sql volatile
+as $$
+select pg_notify('procrastinate_queue_v1#' || p_queue, '{"type": "job_inserted", "job_id": 0}')
 $$;
 
 
@@ -127,7 +141,6 @@ begin
     )
     on conflict do nothing;
     if found then
-      insert into events (run_id, kind, at) values (p_id, 'created', v_now);
       if v_delay is null then
         perform enqueue('durable.advance', p_id, 0, p_queue, p_priority);
       end if;
@@ -149,16 +162,53 @@ $$;
 
 
 -- Many runs at once: an array of objects with the arguments of start_run, without their p_. Answers in its order, but
--- inserts in the order of the keys: two calls that share keys then wait for each other, instead of for ever.
+-- inserts in the order of the keys: two calls that share keys then wait for each other, instead of for ever. What could
+-- not be inserted with the others goes through start_run, which says what is there.
 create function start_runs(p_runs json) returns table (id uuid, created boolean, same boolean)
 language plpgsql volatile
 set search_path = {schema}, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  v_now constant timestamptz := engine_now();
+  v_made uuid[];
+  v_queues text[];
 begin
+  with given as (
+    select s.*, e.place, case when s.delay > interval '0' then s.delay end as waits
+    from json_array_elements(p_runs) with ordinality as e (run, place),
+      json_to_record(e.run) as s (
+        id uuid, workflow text, version text, input json, input_hash text, queue text, key text, tags jsonb,
+        priority int, delay interval, timeout interval
+      )
+  ), made as (
+    insert into runs (
+      id, workflow, version, input, input_hash, queue, priority, key, tags, root_id, waiting_for, wake_at, deadline,
+      created_at
+    )
+    select g.id, g.workflow, g.version, coalesce(g.input, 'null'), g.input_hash, g.queue, coalesce(g.priority, 0),
+      g.key, coalesce(g.tags, '{}'), g.id, case when g.waits is not null then 'start' end, v_now + g.waits,
+      v_now + coalesce(g.waits, interval '0') + g.timeout, v_now
+    from given g
+    order by g.workflow, g.key nulls first, g.id, g.place
+    on conflict do nothing
+    returning id, queue, priority, waiting_for
+  ), jobs as (
+    insert into procrastinate_jobs (queue_name, task_name, priority, queueing_lock, args)
+    select m.queue, 'durable.advance', greatest(-499999, least(499999, m.priority)), m.id || ':' || 0,
+      jsonb_build_object('run_id', m.id, 'revision', 0)
+    from made m where m.waiting_for is null
+    on conflict (queueing_lock) where status = 'todo' do nothing
+    returning queue_name
+  )
+  select coalesce(array_agg(m.id), '{}'), (select array_agg(distinct j.queue_name) from jobs j)
+  into v_made, v_queues from made m;
+  perform wake_workers(q) from unnest(v_queues) q;
+
   return query
     with given as materialized (
-      select s.*, e.place
+      select s.*, e.place, s.id = any (v_made)
+        and row_number() over (partition by s.id order by s.workflow, s.key nulls first, e.place) = 1 as made
       from json_array_elements(p_runs) with ordinality as e (run, place),
         json_to_record(e.run) as s (
           id uuid, workflow text, version text, input json, input_hash text, queue text, key text, tags jsonb,
@@ -166,15 +216,18 @@ begin
         )
       order by s.workflow, s.key nulls first, s.id
     ),
-    started as materialized (
+    found as materialized (
       select g.place, r.*
       from given g,
         start_run(
           g.id, g.workflow, g.version, coalesce(g.input, 'null'), g.input_hash, g.queue, g.key, coalesce(g.tags, '{}'),
           coalesce(g.priority, 0), g.delay, g.timeout
         ) r
+      where not g.made
     )
-    select s.id, s.created, s.same from started s order by s.place;
+    select coalesce(f.id, g.id), coalesce(f.created, true), coalesce(f.same, true)
+    from given g left join found f on f.place = g.place
+    order by g.place;
 end
 $$;
 
@@ -408,7 +461,7 @@ begin
     and step_root(j.step_id) <> v_root
   order by j.seq;
 
-  insert into runs (  -- revision 0 is a run that nothing has happened to: its journal is not even read
+  insert into runs (  -- revision 0 would be a run that nothing has happened to
     id, revision, workflow, version, input, input_hash, queue, priority, tags, root_id, current_step, seed, forked_from,
     created_at
   ) values (
@@ -431,13 +484,37 @@ end
 $$;
 
 
--- The same table as durable.values.MOVES; a test compares them.
-create function check_move() returns trigger
+-- What must hold of a run, by the names that durable.store.errors knows. A trigger, because constraints are evaluated at
+-- each update: a step that goes on as the one before it writes none of the columns that this speaks of.
+create function check_run() returns trigger
 language plpgsql
 set search_path = {schema}, pg_temp
 as $$
+declare
+  v_ended constant boolean := new.status in ('completed', 'failed', 'canceled');
+  v_broken text := case
+    when new.status not in (
+      'pending', 'running', 'suspended', 'paused', 'compensating', 'completed', 'failed', 'canceled'
+    ) then 'runs_status_check'
+    when new.waiting_for not in (
+      'start', 'retry', 'sleep', 'signal', 'resume', 'child', 'rollback', 'definition', 'person'
+    ) then 'runs_waiting_for_check'
+    when v_ended <> (new.finished_at is not null) then 'runs_finished_check'
+    when new.status = 'suspended' and new.waiting_for is null then 'runs_suspended_says_why_check'
+    when v_ended and (new.wake_at is not null or new.waiting_for is not null) then 'runs_ended_waits_not_check'
+    when (new.claim_worker is null) <> (new.claim_token is null) then 'runs_claim_check'
+    when new.claim_token is not null and new.status not in ('pending', 'running', 'compensating')
+      then 'runs_claimed_is_active_check'
+    when new.status = 'compensating' and new.ending is null then 'runs_ending_check'
+    when jsonb_typeof(new.tags) <> 'object' then 'runs_tags_check'
+  end;
 begin
-  if (old.status, new.status) not in (
+  if v_broken is not null then
+    raise exception 'run %: a row of runs breaks %', new.id, v_broken
+      using errcode = 'check_violation', constraint = v_broken, table = 'runs', schema = tg_table_schema;
+  end if;
+  -- the same table as durable.values.MOVES; a test compares them
+  if tg_op = 'UPDATE' and new.status <> old.status and (old.status, new.status) not in (
     ('pending', 'running'), ('pending', 'suspended'), ('pending', 'paused'), ('pending', 'compensating'),
     ('pending', 'completed'), ('pending', 'failed'), ('pending', 'canceled'),
     ('running', 'suspended'), ('running', 'paused'), ('running', 'compensating'), ('running', 'completed'),
@@ -457,6 +534,32 @@ begin
 end
 $$;
 
-create trigger runs_legal_move before update of status on runs
-for each row when (old.status is distinct from new.status)
-execute function check_move();
+create trigger runs_check
+before insert or update of
+  status, waiting_for, wake_at, finished_at, claim_worker, claim_token, ending, tags
+on runs for each row execute function check_run();
+
+
+-- What must hold of an entry.
+create function check_entry() returns trigger
+language plpgsql
+as $$
+declare
+  v_broken text := case
+    when new.kind not in (
+      'step', 'parallel', 'route', 'loop', 'sleep', 'signal', 'child', 'branch', 'iteration', 'choice', 'undo',
+      'result', 'block', 'join', 'race', 'map', 'receive', 'reply', 'checkpoint', 'rollback', 'patch'
+    ) then 'journal_kind_check'
+    when new.status not in ('completed', 'failed', 'suspended') then 'journal_status_check'
+    when new.status = 'failed' and new.error is null then 'journal_failed_says_why_check'
+  end;
+begin
+  if v_broken is not null then
+    raise exception 'run %: the entry of % breaks %', new.run_id, new.step_id, v_broken
+      using errcode = 'check_violation', constraint = v_broken, table = 'journal', schema = tg_table_schema;
+  end if;
+  return new;
+end
+$$;
+
+create trigger journal_check before insert or update on journal for each row execute function check_entry();

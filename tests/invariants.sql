@@ -231,17 +231,26 @@ where k.step_id <> 'rollback:' || k.number or (k.extra ->> 'epoch')::int <> k.nu
 
 -- ==================================================================================== the run's life
 
+-- (that a run was created, started and completed is told by its row; there are events of it only where the row does not
+-- say all: of what a fork was made, and when a run had completed that is rolled back)
+
 -- always: a run was created once, and that came first
-select r.id as run_id, format('%s', array_agg(e.kind order by e.seq)) as detail
+select r.id as run_id, format('created at %s, %s', r.created_at, array_agg((e.kind, e.at) order by e.seq)) as detail
 from runs r left join events e on e.run_id = r.id
 group by r.id
-having count(*) filter (where e.kind = 'created') <> 1 or (array_agg(e.kind order by e.seq))[1] is distinct from 'created'
+having count(*) filter (where e.kind = 'created') > 1
+  or bool_or(e.kind = 'created') and (array_agg(e.kind order by e.seq))[1] <> 'created'
+  or r.forked_from is not null and not coalesce(bool_or(e.kind = 'created' and e.data is not null), false)
 
 -- always: a run was started once, if at all
 select r.id as run_id, format('%s times, started_at %s', count(e.seq), r.started_at) as detail
 from runs r left join events e on e.run_id = r.id and e.kind = 'started'
 group by r.id
-having count(e.seq) <> case when r.started_at is null then 0 else 1 end
+having count(e.seq) > case when r.started_at is null then 0 else 1 end
+
+-- always: nothing happens to a run that was not started but a pause, or a cancel
+select r.id as run_id, e.kind as detail from runs r join events e on e.run_id = r.id
+where r.started_at is null and e.kind in ('suspended', 'compensating', 'completed', 'failed')
 
 -- always: each event may follow the one before it
 with lives as (
@@ -249,8 +258,9 @@ with lives as (
   where kind in ('created', 'started', 'suspended', 'paused', 'resumed', 'compensating', 'completed', 'failed', 'canceled')
 )
 select run_id, format('%s after %s', kind, before) as detail from lives
-where before is not null and (before, kind) not in (
-  ('created', 'started'), ('created', 'paused'), ('created', 'canceled'), ('created', 'suspended'),
+where before is null and kind = 'resumed' or before is not null and (before, kind) not in (
+  ('created', 'started'), ('created', 'suspended'), ('created', 'paused'), ('created', 'compensating'),
+  ('created', 'completed'), ('created', 'failed'), ('created', 'canceled'),
   ('started', 'suspended'), ('started', 'paused'), ('started', 'compensating'), ('started', 'completed'),
   ('started', 'failed'), ('started', 'canceled'),
   ('suspended', 'suspended'), ('suspended', 'paused'), ('suspended', 'compensating'), ('suspended', 'completed'),
@@ -262,23 +272,37 @@ where before is not null and (before, kind) not in (
   ('completed', 'compensating'), ('failed', 'resumed')
 )
 
+-- always: events are in the order of their times, and none is older than its run
+with lives as (
+  select run_id, kind, at, lag(at) over (partition by run_id order by seq) as before from events
+)
+select r.id as run_id, format('%s at %s, after %s', e.kind, e.at, coalesce(e.before, r.created_at)) as detail
+from runs r join lives e on e.run_id = r.id
+where e.at < greatest(e.before, r.created_at)
+
 -- always: the last event tells how a run ended, or that it has not
+-- (of one that has completed there may be none, or what came before its end)
 with last as (
   select distinct on (run_id) run_id, kind from events
   where kind in ('created', 'started', 'suspended', 'paused', 'resumed', 'compensating', 'completed', 'failed', 'canceled')
   order by run_id, seq desc
 )
 select r.id as run_id, format('status %s, last event %s', r.status, l.kind) as detail
-from runs r join last l on l.run_id = r.id
-where (r.status in ('completed', 'failed', 'canceled', 'paused', 'compensating') or
-       l.kind in ('completed', 'failed', 'canceled', 'paused', 'compensating')) and r.status <> l.kind
+from runs r left join last l on l.run_id = r.id
+where (r.status in ('failed', 'canceled', 'paused', 'compensating') or
+       l.kind in ('completed', 'failed', 'canceled', 'paused', 'compensating')) and r.status is distinct from l.kind
 
 -- always: a run ended once, except by retry or by its parent's rollback
-select r.id as run_id, format('%s ends, %s retries, %s', count(e.seq), r.retries, r.reason) as detail
-from runs r left join events e on e.run_id = r.id and e.kind in ('completed', 'failed', 'canceled')
-group by r.id
-having count(e.seq) <> r.retries + case when r.finished_at is not null then 1 else 0 end
-                     + case when r.parent_id is not null and r.ending ->> 'answer_to' is not null then 1 else 0 end
+-- (a completion that stands has no event of its own, or that one is the last)
+select r.id as run_id, format('%s ends, %s retries, %s', e.ends, r.retries, r.reason) as detail
+from runs r, lateral (
+  select count(*) filter (where kind <> 'compensating') + case
+    when r.status = 'completed' and (array_agg(kind order by seq desc))[1] is distinct from 'completed' then 1 else 0
+  end as ends
+  from events where run_id = r.id and kind in ('completed', 'failed', 'canceled', 'compensating')
+) e
+where e.ends <> r.retries + case when r.finished_at is not null then 1 else 0 end
+                + case when r.parent_id is not null and r.ending ->> 'answer_to' is not null then 1 else 0 end
 
 -- ==================================================================================== the inbox
 
@@ -344,8 +368,9 @@ select j.run_id, format('%s: child %s', j.step_id, j.extra ->> 'child') as detai
 where j.kind = 'child' and not exists (select from runs c
                                        where coalesce(c.chain, c.id) = (j.extra ->> 'child')::uuid
                                        and c.successor is null
-                                       and exists (select from events e where e.run_id = c.id
-                                                   and e.kind in ('completed', 'failed', 'canceled')))
+                                       and (c.finished_at is not null
+                                            or exists (select from events e where e.run_id = c.id
+                                                       and e.kind in ('completed', 'failed', 'canceled'))))
 
 -- always: a child that ended has told its parent
 -- (a parent that had ended before is told nothing)

@@ -28,7 +28,8 @@ from durable.engine.desk import Desk
 from durable.engine.hooks import Hooks
 from durable.errors import ConfigurationError
 from durable.store import nudges
-from durable.store.db import Connection, Pool, Store
+from durable.store.connection import Connection
+from durable.store.db import Pool, Store
 from durable.waiting import Endings
 
 log = logging.getLogger("durable")

@@ -66,7 +66,8 @@ from durable.portal import Portal, close_at_exit, refuse_running_loop
 from durable.snapshots import ErrorInfo, HistoryEvent, Page, RunSnapshot
 from durable.store import operations, read, sweep
 from durable.store.codec import MAX_PAYLOAD, Codec
-from durable.store.db import Connection, Pool, Store
+from durable.store.connection import Connection
+from durable.store.db import Pool, Store
 from durable.store.operations import Query, Started
 from durable.values import Status
 from durable.working import in_background, new_worker, until_started, work, work_and_close, work_in_background

@@ -82,13 +82,16 @@ def _record(schema: str, version: str) -> sa.TextClause:
 
 
 def _harden(schema: str) -> sa.TextClause:
-    """Its triggers fire on users' connections, whose search_path is another; and its fetch gets a fixed plan."""
+    """Its triggers fire on users' connections, whose search_path is another; its fetch gets a fixed plan; and the rows
+    and notifications that it makes of a job's life it makes for others' jobs only: of ours the runs' tables tell, and
+    ``wake_workers`` announces them."""
     off = (f"      execute format('alter routine %s set {name} = off', f.routine);" for name in NOT_FOR_FETCH)
     pinned = "\n".join(off)
     return _text(f"""
 do $harden$
 declare
   f record;
+  t record;
 begin
   for f in
     select p.oid::regprocedure as routine, p.proname as name
@@ -99,6 +102,17 @@ begin
     if f.name like 'procrastinate\\_fetch\\_job%' then
 {pinned}
     end if;
+  end loop;
+  for t in
+    select tgname as name, pg_get_triggerdef(oid) as made from pg_trigger
+    where tgrelid = '{schema}.procrastinate_jobs'::regclass and tgname ~ 'events|job_inserted'
+      and pg_get_triggerdef(oid) not like '%!~~ ''durable.%'
+  loop
+    execute format('drop trigger %I on {schema}.procrastinate_jobs', t.name);
+    execute regexp_replace(
+      case when t.made like '% WHEN (%' then t.made else replace(t.made, ' EXECUTE ', ' WHEN (true) EXECUTE ') end,
+      ' WHEN (.*) EXECUTE ', ' WHEN ((\\1) and new.task_name not like ''durable.%'') EXECUTE '
+    );
   end loop;
 end $harden$
 """)

@@ -21,7 +21,8 @@ from psycopg_pool import PoolTimeout
 
 from durable.errors import RunNotFound
 from durable.store import read, sweep
-from durable.store.db import Connection, Store, connection_settings
+from durable.store.connection import Connection
+from durable.store.db import Store, connection_settings
 from durable.store.read import Answer, Outcome
 
 log = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class Endings:
 
     async def _connect(self) -> Connection:
         settings: dict[str, Any] = connection_settings(self._store.dsn, "durable result")
-        connection = await psycopg.AsyncConnection.connect(self._store.dsn, autocommit=True, **settings)
+        connection = await Connection.connect(self._store.dsn, autocommit=True, **settings)
         try:
             await connection.execute(f'listen "{self._store.ended_channel}"'.encode())
         except BaseException:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from tests.doors.facts import Door
+from tests.store.kit import lock
 
 from durable import AsyncDurable, Durable, NonRetryable, RetryRefused, StepContext, define
 from durable.core.transition import Successor, Transition
 from durable.store.apply import apply
-from durable.store.runs import lock
 from durable.testing import AsyncHarness
 from durable.values import Status
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.doors.facts import Door, says
+from tests.store.kit import lock
 
 from durable import (
     AsyncDurable,
@@ -32,7 +33,6 @@ from durable.errors import DurableError, RequestTimeout
 from durable.store import nudges
 from durable.store.apply import apply
 from durable.store.inbox import load_inbox
-from durable.store.runs import lock
 from durable.testing import AsyncHarness
 from durable.values import Status
 

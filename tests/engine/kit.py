@@ -28,6 +28,7 @@ from durable.engine.deliver import deliver
 from durable.engine.engine import Engine
 from durable.engine.points import Point
 from durable.store import sweep as queries
+from durable.store.query import Statement
 from durable.testing.harness import SimulatedCrash
 from durable.worker.jobs import LastingJobManager
 from durable.worker.session import Session, open_session
@@ -320,7 +321,7 @@ class Gate:
         assert "where id = %(run)s for update" in statement
         waits = f"(select count(*) from (select pg_advisory_xact_lock_shared({GATE})) gate) = 1"
         statement = statement.replace("where id = %(run)s", f"where {waits} and id = %(run)s")
-        app.store.sql.__dict__["relock"] = statement.encode()
+        app.store.sql.__dict__["relock"] = Statement.of(statement)
         facts.value(f"select pg_advisory_lock({GATE})")
 
     async def wait(self) -> None:

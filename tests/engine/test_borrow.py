@@ -24,6 +24,7 @@ from durable.engine.borrow import Gate
 from durable.engine.calls import Caller, TransactionLost
 from durable.engine.context import StepContext
 from durable.errors import NonRetryable, PayloadError
+from durable.store.connection import Connection
 
 Ctx = StepContext[Any]
 
@@ -40,13 +41,13 @@ class Row(Base):
 class Bench:
     """An engine in miniature: a connection that holds a run's row in an open transaction, and lends it."""
 
-    def __init__(self, dsn: str, caller: Caller, conn: psycopg.AsyncConnection[Any], other: Any) -> None:
+    def __init__(self, dsn: str, caller: Caller, conn: Connection, other: Any) -> None:
         self.dsn, self.caller, self.conn, self.other = dsn, caller, conn, other
         self.borrowed = 0
         self.cancelled = threading.Event()
         self.when_borrowed: Callable[[], Awaitable[None] | None] = lambda: None
 
-    async def borrow(self) -> psycopg.AsyncConnection[Any]:
+    async def borrow(self) -> Connection:
         self.borrowed += 1
         answer = self.when_borrowed()
         if answer is not None:
@@ -90,7 +91,7 @@ create table journal (outcome text);
 async def bench(empty_dsn: str) -> AsyncIterator[Bench]:
     async with await psycopg.AsyncConnection.connect(empty_dsn, autocommit=True) as other:
         await other.execute(SETUP)
-        async with await psycopg.AsyncConnection.connect(empty_dsn, autocommit=True) as conn:
+        async with await Connection.connect(empty_dsn, autocommit=True) as conn:
             caller = Caller(max_threads=8)
             try:
                 yield Bench(empty_dsn, caller, conn, other)
@@ -844,7 +845,7 @@ async def test_eight_sync_steps_at_once_do_not_block_the_loop(bench: Bench) -> N
 
     benches = []
     for _ in range(8):
-        conn = await psycopg.AsyncConnection.connect(bench.dsn, autocommit=True)
+        conn = await Connection.connect(bench.dsn, autocommit=True)
         await conn.execute("begin")
         benches.append(Bench(bench.dsn, bench.caller, conn, bench.other))
     steps = [asyncio.create_task(b.call(handler, attempt=i)) for i, b in enumerate(benches, start=1)]

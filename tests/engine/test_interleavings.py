@@ -7,6 +7,7 @@ waits for facts: a row, a session that waits for a lock, an event that a handler
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ import psycopg
 import pytest
 from tests.engine.kit import Ctx, Facts, Gate, an_app, soon, until, working
 
-from durable import Retry, Suspend, define
+from durable import Context, Retry, Suspend, define, workflow
 from durable.engine import engine as engine_module
 from durable.engine import hold as hold_module
 from durable.engine import recover
 from durable.engine.points import Point
 from durable.postgres import EmbeddedPostgres
 from durable.store import inbox
+from durable.store.query import Statement
 
 
 @pytest.fixture
@@ -291,7 +293,7 @@ async def test_an_error_after_commit_is_no_error_of_the_step(dsn: str, facts: Fa
     calls: list[str] = []
     async with working(dsn, define("w").step("a", count(calls, "a")).step("b", count(calls, "b"))) as bench:
         good = bench.app.store.sql.relock
-        bench.app.store.sql.__dict__["relock"] = b"select 1/0, %(run)s::text"
+        bench.app.store.sql.__dict__["relock"] = Statement.of("select 1/0, %(run)s::text")
         bench.points.on(Point.AFTER_COMMIT, lambda: bench.app.store.sql.__dict__.update(relock=good))
         run = await bench.app.start("w")
         await soon(bench.advance(run, 0))
@@ -649,12 +651,9 @@ def _single_steps(options: Any) -> Any:
     return replace(options, burst_steps=1)
 
 
-@pytest.mark.parametrize("claimed", [False, True])
-async def test_an_error_before_the_last_write_gives_row_and_connection_back(
-    dsn: str, facts: Facts, monkeypatch: pytest.MonkeyPatch, claimed: bool
-) -> None:
-    """The inbox is read once more before a run ends: an error there is no end of the run, and locks nobody out."""
-    calls: list[str] = []
+@pytest.fixture
+def stumbling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time that the inbox is read once more, the server refuses."""
     read = inbox.load_inbox
 
     async def stumble(store: Any, connection: Any, run_id: Any) -> Any:
@@ -662,13 +661,125 @@ async def test_an_error_before_the_last_write_gives_row_and_connection_back(
         await connection.execute("select 1/0")
 
     monkeypatch.setattr(hold_module, "load_inbox", stumble)
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_an_error_before_the_last_write_gives_row_and_connection_back(
+    dsn: str, facts: Facts, request: pytest.FixtureRequest, claimed: bool
+) -> None:
+    """The inbox is looked at once more before a run ends, by a claim's owner in a statement of its own, else with the
+    write: an error there is no end of the run, and locks nobody out."""
+    calls: list[str] = []
     flow = define("w").step("a", count(calls, "a"), transactional=False if claimed else None)
     async with working(dsn, flow) as bench:
+        if claimed:
+            request.getfixturevalue("stumbling")
+        else:
+            refused = "select 1/0, %(run)s::text, %(seqs)s::bigint[]"
+            bench.app.store.sql.__dict__["unchanged"] = Statement.of(refused)
         run = await bench.app.start("w")
         await bench.drain()
         assert calls == ["a"]
         assert facts.attempts(run) == []
         assert await run.result(timeout=10) == {"a": "a"}
+        facts.check_rest()
+
+
+@pytest.mark.usefixtures("stumbling")
+async def test_an_error_before_the_last_write_of_a_step_with_a_connection(dsn: str, facts: Facts) -> None:
+    """With its transaction what the step wrote is lost: a failed attempt."""
+    facts.execute("create table books (attempt int)")
+
+    async def write(ctx: Ctx) -> int:
+        await (await ctx.async_connection()).exec_driver_sql(f"insert into books values ({ctx.attempt})")
+        return ctx.attempt
+
+    async with working(dsn, define("w").step("a", write)) as bench:
+        run = await bench.app.start("w")
+        await bench.drain()
+        assert facts.attempts(run) == [("a", "failed", 1)]
+        assert facts.rows("select * from books") == []
+        await bench.skip(minutes=2)
+        await bench.drain()
+        assert await run.result(timeout=10) == {"a": 2}
+        assert facts.rows("select * from books") == [{"attempt": 2}]
+        facts.check_rest()
+
+
+# ---------------------------------------------------------------- what comes while the last step runs
+
+
+def asking(calls: list[str], facts: Facts, asked: str) -> Any:
+    """A handler during which something is asked of its run, and committed."""
+
+    async def last(ctx: Ctx) -> str:
+        calls.append("last")
+        body = '{"reason": "enough"}' if asked == "cancel" else "1"
+        assert facts.value("select durable.send_message(%s, %s, 'go', %s)", ctx.run_id, asked, body) == "sent"
+        return "last"
+
+    return last
+
+
+@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("asked", ["cancel", "pause", "signal"])
+async def test_what_is_asked_during_the_last_step_is_not_overlooked(
+    dsn: str, facts: Facts, caplog: pytest.LogCaptureFixture, asked: str, lent: bool
+) -> None:
+    """The write of the end knows what lay in the inbox when it was decided, and is made anew if there is more."""
+    caplog.set_level(logging.INFO, "durable")
+    calls: list[str] = []
+    last = asking(calls, facts, asked)
+
+    async def with_connection(ctx: Ctx) -> Any:
+        _ = await ctx.async_connection()
+        return await last(ctx)
+
+    async with working(dsn, define("w").step("a", with_connection if lent else last)) as bench:
+        run = await bench.app.start("w")
+        facts.execute("delete from durable.procrastinate_jobs")
+        await soon(bench.advance(run, 0))
+        assert (facts.run(run)["status"] == "completed") == (asked == "signal")
+        await bench.drain()
+        expected = {"cancel": "canceled", "pause": "paused", "signal": "completed"}[asked]
+        assert facts.run(run)["status"] == expected
+        assert facts.run(run)["reason"] == ("enough" if asked == "cancel" else None)
+        assert (calls, facts.journal(run), facts.attempts(run)) == (["last"], ["a"], [])
+        assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+        anew = [record for record in caplog.records if "writing the outcome of 'a' again" in record.message]
+        assert len(anew) == (0 if lent else 1)
+        if asked == "pause":
+            assert await run.resume()
+            await bench.drain()
+        if asked != "cancel":
+            assert await run.result(timeout=10) == {"a": "last"}
+        assert calls == ["last"]
+        facts.check_rest()
+
+
+@pytest.mark.parametrize("asked", ["cancel", "pause"])
+async def test_what_is_asked_during_the_last_step_of_a_function_is_not_overlooked(
+    dsn: str, facts: Facts, caplog: pytest.LogCaptureFixture, asked: str
+) -> None:
+    calls: list[str] = []
+    last = asking(calls, facts, asked)
+
+    @workflow
+    async def short(ctx: Context) -> list[str]:
+        return [await ctx.step(count(calls, "first"), name="first"), await ctx.step(last, name="last")]
+
+    async with working(dsn, short) as bench:
+        run = await bench.app.start(short)
+        facts.execute("delete from durable.procrastinate_jobs")
+        await soon(bench.advance(run, 0))
+        await bench.drain()
+        assert facts.run(run)["status"] == ("canceled" if asked == "cancel" else "paused")
+        assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+        if asked == "pause":
+            assert await run.resume()
+            await bench.drain()
+            assert await run.result(timeout=10) == ["first", "last"]
+        assert calls == ["first", "last"]
         facts.check_rest()
 
 

@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from durable.store.db import Connection, Pool, Store
+from durable.store.connection import Connection
+from durable.store.db import Pool, Store
 
 
 @pytest.fixture

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import psycopg
 
 from durable.core.state import Run
 from durable.core.transition import Transition
-from durable.store import operations
-from durable.store.db import Connection, Store
+from durable.store import codec, operations
+from durable.store.connection import Connection
+from durable.store.db import Store
+from durable.store.errors import translated
+from durable.store.flush import send
 from durable.store.operations import Start
-from durable.store.runs import lock
+from durable.store.runs import Mode
 
 
 def new(workflow: str = "order", **more: Any) -> Start:
@@ -33,6 +37,17 @@ async def read(store: Store, connection: Connection, run_id: uuid.UUID) -> Run:
     found = await lock(store, connection, run_id)
     assert found is not None
     return found[0]
+
+
+async def lock(
+    store: Store, connection: Connection, run_id: uuid.UUID, mode: Mode = "wait"
+) -> tuple[Run, datetime] | None:
+    """The run and the engine's time, in the transaction that is open, or for the statement's time if none is. None:
+    there is no such run, or it was skipped. Raises RowBusy."""
+    with translated():
+        answer = await send(connection, store.sql.lock if mode == "wait" else store.sql.lock_free, {"run": run_id})
+    row = answer.row
+    return None if row is None else (codec.run(row[:-1], store.payloads), row[-1])
 
 
 def moved(before: Run, **changes: Any) -> Run:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,15 +14,16 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
-from tests.store.kit import jobs, moved, read, rows, started, transition
+from tests.store.kit import jobs, lock, moved, read, rows, started, transition, wait_until_blocked
 
 from durable import migrate
 from durable.core.state import Begun, Claim, Ending, Entry, EntryKind, Failure, MessageKind, Run
 from durable.core.transition import ChildStart, Event, FailedAttempt, Next, Outgoing, Transition
 from durable.store import operations
 from durable.store.apply import Applied, apply, apply_and_commit, apply_and_relock, check_move, lifecycle
-from durable.store.db import Connection, Store
-from durable.store.errors import InternalError, JournalConflict, RowBusy, StaleRevision
+from durable.store.connection import Connection
+from durable.store.db import Store
+from durable.store.errors import InboxNews, InternalError, JournalConflict, RowBusy, StaleRevision
 from durable.store.inbox import load_inbox
 from durable.store.journal import load_journal
 from durable.store.runs import abandon, begin_and_lock
@@ -51,10 +54,12 @@ async def running(store: Store, connection: Connection, **more: Any) -> Run:
 
 
 async def events(connection: Connection, run: Run) -> list[tuple[Any, ...]]:
-    found = await rows(
-        connection, "select kind, step_id, data from durable.events where run_id = %s order by seq", run.id
+    """But for the run's creation."""
+    return await rows(
+        connection,
+        "select kind, step_id, data from durable.events where run_id = %s and kind <> 'created' order by seq",
+        run.id,
     )
-    return found[1:]  # without `created`
 
 
 async def test_every_column_comes_back(store: Store, connection: Connection) -> None:
@@ -178,7 +183,7 @@ async def test_retry_forgets_what_failed(store: Store, connection: Connection) -
     assert list(await load_journal(store, connection, run.id)) == ["charge"]
     await write(store, connection, transition(anew.after, entries=(replace(failed, status="completed", error=None),)))
     assert list(await load_journal(store, connection, run.id)) == ["charge", "ship"]
-    assert [kind for kind, _, _ in await events(connection, run)] == ["started", "failed", "resumed"]
+    assert [kind for kind, _, _ in await events(connection, run)] == ["failed", "resumed"]
 
 
 async def test_old_iterations_are_pruned_whatever_became_of_them(store: Store, connection: Connection) -> None:
@@ -216,7 +221,6 @@ async def test_attempts_and_events(store: Store, connection: Connection) -> None
         ("charge", 2, "interrupted", None, T0, None),
     ]
     assert await events(connection, run) == [
-        ("started", None, None),
         ("suspended", None, {"waiting_for": "retry", "wake_at": "2026-01-01T00:00:00+00:00"}),
         ("branch_discarded", "build/api", {"why": "late"}),
     ]
@@ -303,7 +307,7 @@ async def test_the_relock_reads_what_was_written(store: Store, connection: Conne
         await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, f"s{n}"), rival)
         entry = replace(CHARGE, step_id=f"charge#{n}")
         frame = {"x": Begun(since=T0, resume_data="1")}
-        done = transition(locked.run, after={"current_step": n, "frame": frame}, entries=(entry,))
+        done = transition(locked.run, after={"current_step": n, "frame": frame}, entries=(entry,), next=Next.ADVANCE)
         applied, committed = await apply_and_relock(store, connection, done, locked.inbox)
         assert applied.entries[0].seq > 0
         assert committed.error is None
@@ -311,27 +315,67 @@ async def test_the_relock_reads_what_was_written(store: Store, connection: Conne
         assert locked is not None
         assert (locked.run, locked.inbox[-1].name) == (done.after, f"s{n}")
         assert await rows(rival, "select count(*) from durable.journal where run_id = %s", run.id) == [(n + 1,)]
+        assert await lock(store, rival, run.id, "skip") is None
     await connection.execute("commit")
     assert await read(store, connection, run.id) == locked.run
+    advancing = [job[1] for job in await jobs(store, connection, run.id) if job[0] == "durable.advance"]
+    assert advancing == [0]  # whoever has the lock needs no job
 
 
+@pytest.mark.parametrize("held", ["clock", "inbox"])
 async def test_a_relock_that_fails_after_commit_went_through(
-    store: Store, connection: Connection, rival: Connection
+    store: Store, connection: Connection, rival: Connection, held: str
 ) -> None:
-    """The clock's table stands for the row: only the relock asks for it, and finds it held."""
+    """A table stands for the row: only what comes after COMMIT asks for it, and finds it held."""
     run = await running(store, connection)
     for n in range(7):
+        entry = replace(CHARGE, step_id=f"charge#{n}")
+        done = transition(run, after={"current_step": n}, entries=() if held == "clock" else (entry,))
         await connection.execute("begin")
         await connection.execute("select 1 from durable.runs where id = %s for update", [run.id])
         async with rival.transaction():
-            await rival.execute("lock table durable.clock")
-            done = transition(run, entries=(replace(CHARGE, step_id=f"charge#{n}"),))
+            await rival.execute(f"lock table durable.{held}".encode())
             applied, committed = await apply_and_relock(store, connection, done)
         assert committed.locked is None
         assert isinstance(committed.error, RowBusy)
         assert connection.info.transaction_status is TransactionStatus.IDLE
-        assert (await load_journal(store, connection, run.id))[f"charge#{n}"] == applied.entries[0]
+        assert await read(store, connection, run.id) == done.after
+        assert list((await load_journal(store, connection, run.id)).values())[-1:] == list(applied.entries)
         run = done.after
+
+
+async def test_a_relock_of_a_connection_that_dies_after_commit(
+    module_dsn: str, store: Store, rival: Connection
+) -> None:
+    """COMMIT was answered, and the lock never was: what was written is known, and no error of the transition."""
+    run = await running(store, rival)
+    done = transition(run, entries=(CHARGE,))
+    async with await Connection.connect(module_dsn, autocommit=True) as mine:
+        await mine.execute("begin")
+        async with rival.transaction():
+            await rival.execute("lock table durable.inbox")
+            writing = asyncio.create_task(apply_and_relock(store, mine, done))
+            with ThreadPoolExecutor() as threads:
+                blocked = threads.submit(wait_until_blocked, module_dsn, mine.info.backend_pid)
+                await asyncio.wrap_future(blocked)
+            await rival.execute("select pg_terminate_backend(%s, 10000)", [mine.info.backend_pid])
+            applied, committed = await writing
+        assert mine.closed
+    assert committed.locked is None
+    assert isinstance(committed.error, psycopg.OperationalError)
+    assert await load_journal(store, rival, run.id) == {"charge": applied.entries[0]}
+
+
+async def test_a_connection_that_is_lost_before(module_dsn: str, store: Store, connection: Connection) -> None:
+    run = await running(store, connection)
+    for at_once in (apply_and_relock, apply_and_commit):
+        async with await Connection.connect(module_dsn, autocommit=True) as mine:
+            await begin_and_lock(store, mine, run.id)
+            await connection.execute("select pg_terminate_backend(%s, 10000)", [mine.info.backend_pid])
+            with pytest.raises(psycopg.OperationalError):
+                await at_once(store, mine, transition(run, entries=(CHARGE,)))
+            assert mine.closed
+    assert await read(store, connection, run.id) == run
 
 
 async def test_a_relock_that_finds_another_revision(store: Store, connection: Connection) -> None:
@@ -362,8 +406,99 @@ async def test_a_commit_that_is_refused(store: Store, connection: Connection) ->
         with pytest.raises(psycopg.errors.UniqueViolation):
             await apply_and_relock(store, connection, transition(run, entries=(CHARGE,)))
         assert connection.info.transaction_status is TransactionStatus.IDLE
+    for at_once in (apply_and_relock, apply_and_commit):
+        await begin_and_lock(store, connection, run.id)
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await connection.execute("select 1 / 0")
+        with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+            await at_once(store, connection, transition(run, entries=(CHARGE,)))
+        assert connection.info.transaction_status is TransactionStatus.IDLE
     assert await read(store, connection, run.id) == run
     assert await load_journal(store, connection, run.id) == {}
+    assert await rows(connection, "select * from owed") == []
+
+
+@pytest.mark.parametrize("entries", [(), (CHARGE,)])
+async def test_a_column_that_does_not_change_is_not_written(
+    store: Store, connection: Connection, rival: Connection, entries: tuple[Entry, ...]
+) -> None:
+    """Only what changes travels: another column keeps what it was given meanwhile."""
+    run = await running(store, connection)
+    await rival.execute("update durable.runs set reason = 'mine' where id = %s", [run.id])
+    done = transition(run, after={"current_step": 1}, entries=entries)
+    await write(store, connection, done)
+    assert await read(store, connection, run.id) == replace(done.after, reason="mine")
+
+
+async def test_nothing_but_the_revision_changes(store: Store, connection: Connection) -> None:
+    run = await running(store, connection)
+    done = transition(run)
+    await write(store, connection, done)
+    assert await read(store, connection, run.id) == done.after
+
+
+async def signaled(store: Store, connection: Connection, run: Run, name: str) -> None:
+    await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, name), connection)
+
+
+@pytest.mark.parametrize("known", [0, 1, 3])
+async def test_an_end_that_knows_the_whole_inbox(
+    store: Store, connection: Connection, rival: Connection, known: int
+) -> None:
+    """Taken messages do not count, seen ones do; what was known is no news, whatever becomes of it."""
+    run = await running(store, connection)
+    for n in range(known):
+        await signaled(store, rival, run, f"s{n}")
+    inbox = await load_inbox(store, connection, run.id)
+    if known == 3:
+        done = transition(run, taken={inbox[0].seq: "wait"})
+        await write(store, connection, done, inbox=inbox)
+        run, inbox = done.after, await load_inbox(store, connection, run.id)
+        assert [message.fresh for message in inbox] == [False, False]
+    for n in range(7):  # also once the statements are prepared
+        await begin_and_lock(store, connection, run.id)
+        late = f"late{n}"
+        await signaled(store, rival, run, late)
+        ending = transition(
+            run, after={"status": Status.COMPLETED, "finished_at": T0}, entries=(CHARGE,), next=Next.ADVANCE
+        )
+        with pytest.raises(InboxNews, match=str(run.id)):
+            await apply_and_commit(store, connection, ending, inbox, whole=inbox)
+        assert connection.info.transaction_status is TransactionStatus.IDLE
+        assert await read(store, connection, run.id) == run
+        assert await load_journal(store, connection, run.id) == {}
+        assert [job[1] for job in await jobs(store, connection, run.id) if job[0] == "durable.advance"] == [0]
+        now = await load_inbox(store, connection, run.id)
+        assert [(m.name, m.fresh) for m in now[len(inbox) :]] == [(late, True)]
+        await connection.execute("delete from durable.inbox where seq = %s", [now[-1].seq])
+    await begin_and_lock(store, connection, run.id)
+    taken = {inbox[-1].seq: "wait"} if inbox else None
+    ending = replace(ending, taken=taken)
+    await apply_and_commit(store, connection, ending, inbox, whole=inbox)
+    assert await read(store, connection, run.id) == ending.after
+
+
+async def test_the_inbox_of_another_run_is_no_news(store: Store, connection: Connection) -> None:
+    run, other = await running(store, connection), await running(store, connection)
+    await signaled(store, connection, other, "a")
+    await begin_and_lock(store, connection, run.id)
+    await apply_and_commit(store, connection, transition(run), whole=())
+    await signaled(store, connection, run, "a")
+    await begin_and_lock(store, connection, run.id)
+    again = transition(await read(store, connection, run.id))
+    await apply_and_commit(store, connection, again)  # nothing is asked for
+    assert await read(store, connection, run.id) == again.after
+
+
+async def test_a_rollback_tells_when_the_run_had_completed(store: Store, connection: Connection) -> None:
+    run = await running(store, connection)
+    ended = transition(run, after={"status": Status.COMPLETED, "finished_at": T0})
+    await write(store, connection, ended)
+    assert await events(connection, run) == []
+    undoing = {"status": Status.COMPENSATING, "finished_at": None, "ending": Ending(Status.CANCELED)}
+    await write(store, connection, transition(ended.after, after=undoing))
+    at = "select kind, at = %s from durable.events where run_id = %s order by seq"
+    assert await rows(connection, at, T0, run.id) == [("completed", True), ("compensating", False)]
 
 
 async def test_what_user_code_said_passes_through_the_codec(module_dsn: str, connection: Connection) -> None:
@@ -405,7 +540,7 @@ async def test_what_user_code_said_passes_through_the_codec(module_dsn: str, con
 async def test_another_schema_and_an_odd_search_path(dsn: str) -> None:
     migrate.upgrade(dsn, "elsewhere")
     store = Store(dsn, schema="elsewhere")
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as odd:
+    async with await Connection.connect(dsn, autocommit=True) as odd:
         await odd.execute("set search_path = ''")
         run, other = await started(store, odd), await started(store, odd)
         for target in (run, run):
@@ -423,12 +558,13 @@ async def test_another_schema_and_an_odd_search_path(dsn: str) -> None:
             taken={locked.inbox[0].seq: "a"},
             outgoing=(Outgoing(other.id, MessageKind.PAUSE),),
             children=(ChildStart(uuid.uuid4(), "w", "1", "1", "c"),),
-            next=Next.ADVANCE,
         )
         _, committed = await apply_and_relock(store, odd, done, locked.inbox)
         assert committed.locked is not None
-        await odd.execute("commit")
-        assert await read(store, odd, run.id) == done.after
+        assert committed.locked.run == done.after
+        following = transition(done.after, next=Next.ADVANCE)
+        await apply_and_commit(store, odd, following, committed.locked.inbox, whole=committed.locked.inbox)
+        assert await read(store, odd, run.id) == following.after
         assert list(await load_journal(store, odd, run.id)) == ["charge"]
         assert len(await jobs(store, odd, run.id)) == 4
         assert await rows(odd, "select count(*) from durable.runs") == [(0,)]
@@ -479,13 +615,14 @@ SLEEP: dict[str, Any] = {"waiting_for": WaitingFor.SLEEP, "wake_at": T0}
 @pytest.mark.parametrize(
     ("before", "after", "kinds"),
     [
-        ({}, {"status": S.RUNNING} | BEGAN, ["started"]),
-        ({}, {"status": S.SUSPENDED} | BEGAN | SLEEP, ["started", "suspended"]),
-        ({}, {"status": S.COMPLETED} | BEGAN, ["started", "completed"]),
+        ({}, {"status": S.RUNNING} | BEGAN, []),
+        ({}, {"status": S.SUSPENDED} | BEGAN | SLEEP, ["suspended"]),
+        ({}, {"status": S.COMPLETED} | BEGAN, []),
+        ({"status": S.RUNNING} | BEGAN, {"status": S.COMPLETED}, []),
         ({}, {"status": S.FAILED}, ["failed"]),
         ({}, {"status": S.PAUSED}, ["paused"]),
         ({}, {"status": S.CANCELED}, ["canceled"]),
-        ({"status": S.PAUSED}, {"status": S.RUNNING} | BEGAN, ["resumed", "started"]),
+        ({"status": S.PAUSED}, {"status": S.RUNNING} | BEGAN, ["resumed"]),
         ({"status": S.PAUSED} | BEGAN, {"status": S.SUSPENDED} | SLEEP, ["resumed"]),
         ({"status": S.RUNNING} | BEGAN, {}, []),
         ({"status": S.RUNNING} | BEGAN, {"status": S.SUSPENDED} | SLEEP, ["suspended"]),
@@ -493,7 +630,7 @@ SLEEP: dict[str, Any] = {"waiting_for": WaitingFor.SLEEP, "wake_at": T0}
         ({"status": S.SUSPENDED} | BEGAN | SLEEP, {}, []),
         ({"status": S.SUSPENDED} | BEGAN | SLEEP, {"waiting_for": WaitingFor.RETRY}, ["suspended"]),
         ({"status": S.RUNNING} | BEGAN, {"status": S.COMPENSATING}, ["compensating"]),
-        ({"status": S.COMPLETED} | BEGAN, {"status": S.COMPENSATING}, ["compensating"]),
+        ({"status": S.COMPLETED} | BEGAN, {"status": S.COMPENSATING}, ["completed", "compensating"]),
         ({"status": S.COMPENSATING} | BEGAN, {"status": S.RUNNING}, ["resumed"]),
         ({"status": S.COMPENSATING} | BEGAN, {"status": S.CANCELED}, ["canceled"]),
         ({"status": S.FAILED} | BEGAN, {"status": S.RUNNING}, ["resumed"]),

@@ -13,7 +13,8 @@ from durable.core.state import Begun, Ending, Entry, EntryKind, Failure, Run
 from durable.define.payload import canonical_hash
 from durable.store import operations
 from durable.store.apply import apply
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.store.journal import load_journal
 from durable.store.operations import Forked
 from durable.values import Status

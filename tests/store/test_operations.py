@@ -29,9 +29,11 @@ from durable import migrate
 from durable.core.state import MessageKind
 from durable.errors import PayloadError
 from durable.store import operations
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.store.inbox import load_inbox
 from durable.store.operations import Start, Started
+from durable.store.read import history
 
 SIGNAL = MessageKind.SIGNAL
 
@@ -54,9 +56,8 @@ async def test_a_start_is_a_run_a_job_and_an_event(store: Store, connection: Con
     assert (kept.key, kept.tags, kept.priority, kept.queue) == ("k-1", {"tenant": "acme"}, 7, "shop")
     assert kept.deadline == kept.created_at + timedelta(hours=1)
     assert await jobs(store, connection, run.id) == [("durable.advance", 0, 7, f"{run.id}:0", "shop", None, False)]
-    assert await rows(connection, "select kind, at from durable.events where run_id = %s", run.id) == [
-        ("created", kept.created_at)
-    ]
+    (created,) = await history(store, connection, run.id)
+    assert (created.kind, created.at) == ("created", kept.created_at)
     assert await rows(connection, "select root_id = id from durable.runs where id = %s", run.id) == [(True,)]
 
 
@@ -493,7 +494,7 @@ def test_sqlalchemys_wrapping_hides_no_meaning(engine: sa.Engine, store: Store) 
 async def test_an_odd_search_path_and_another_schema(dsn: str) -> None:
     migrate.upgrade(dsn, "other_place")
     store, default = Store(dsn, schema="other_place"), Store(dsn)
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as odd:
+    async with await Connection.connect(dsn, autocommit=True) as odd:
         await odd.execute("create schema trap")
         await odd.execute("create table trap.runs (id int)")
         await odd.execute("create table trap.procrastinate_jobs (id int)")

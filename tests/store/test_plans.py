@@ -152,7 +152,19 @@ def test_no_page_looks_at_all_runs(filled: psycopg.Connection[Any], name: str, a
     assert looked_at(explain(filled, query, values)) <= most
 
 
+LOOK: Final[dict[str, Any]] = {
+    "worker": 1,
+    "queue": "shop",
+    "queue_worker": 1,
+    "executing": [LAST],
+    "jobs": [],
+    "names": ["gone@1", "gone@"],
+    "kinds": ["status"],
+    "after": FIRST,
+    "limit": 100,
+}
 SWEEPS: Final[dict[str, tuple[dict[str, Any], int]]] = {
+    "look": (LOOK, 450),
     "claims_of": ({"ids": [1, 2]}, 100),
     "forget": ({"ids": [1, 2]}, 100),
     "enqueue_due": ({"limit": 20}, 120),
@@ -178,6 +190,56 @@ def test_no_sweep_looks_at_all_runs(filled: psycopg.Connection[Any], name: str, 
     assert looked_at(nodes) <= most
     looked_at(nodes, "inbox")
     assert looked_at(nodes, "procrastinate_jobs") <= most
+
+
+# 100,000 runs: half have ended, the others wait for all that there is to wait for, but for what could be done now.
+PARKED: Final = """
+insert into durable.runs (
+  id, workflow, version, status, input, input_hash, queue, root_id, waiting_for, waiting_name, wake_at, created_at,
+  started_at, finished_at
+)
+select
+  id, 'flow', '1', case when waiting_for is null then 'completed' else 'suspended' end, '{}', '', 'shop', id,
+  waiting_for, case waiting_for when 'definition' then 'unknown@1' when 'signal' then 'go' end,
+  case when waiting_for in ('sleep', 'retry', 'signal') then now() + i * interval '1 minute' end, now(), now(),
+  case when waiting_for is null then now() end
+from (
+  select gen_random_uuid() as id, i,
+    case when i % 2 = 0 then (array['signal', 'sleep', 'retry', 'child', 'definition'])[i / 2 % 5 + 1] end
+    as waiting_for
+  from generate_series(1, 100000) i
+) made;
+insert into durable.inbox (run_id, kind, name, state, sent_at)
+select id, 'signal', 'go', case when status = 'completed' then 'taken' else 'seen' end, now() from durable.runs;
+"""
+
+
+def test_a_look_reads_next_to_nothing_of_what_is_parked(dsn: str) -> None:
+    look = sweep_statements("durable").look
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection:
+        connection.execute(PARKED)
+        for told in ("nothing is known of the tables", "analyzed"):
+            nodes = explain(connection, look, LOOK | {"schema": "durable"})
+            assert looked_at(nodes) <= 2, told
+            assert looked_at(nodes, "inbox") <= 2, told
+            row = connection.execute(look, LOOK | {"schema": "durable"}).fetchone()
+            assert row is not None
+            assert not any(row[2:]), f"it found something to do, {told}: {row}"
+            connection.execute("analyze")
+
+
+def test_a_look_does_not_read_the_backlog_of_another_queue(dsn: str) -> None:
+    look = sweep_statements("durable").look
+    with psycopg.connect(dsn, autocommit=True, prepare_threshold=None) as connection:
+        for queue in ("another", "shop"):
+            connection.execute(
+                "select durable.enqueue('durable.advance', gen_random_uuid(), 7, %s, 0) from generate_series(1, 10000)",
+                [queue],
+            )
+            for _ in ("nothing is known of the tables", "analyzed"):
+                nodes = explain(connection, look, LOOK | {"schema": "durable"})
+                assert looked_at(nodes, "procrastinate_jobs") <= 2
+                connection.execute("analyze")
 
 
 READS: Final[dict[str, tuple[dict[str, Any], int]]] = {

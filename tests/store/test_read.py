@@ -18,7 +18,8 @@ from durable.errors import ConfigurationError, PayloadError, RunNotFound
 from durable.snapshots import DERIVED, ErrorInfo, HistoryEvent, StepSnapshot
 from durable.store import operations, read
 from durable.store.apply import apply
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.values import Status, WaitingFor
 
 FAILURE = Failure("shop.CardDeclined", "no funds", "exhausted", "charge", 3, "Traceback ...", {"code": 51})
@@ -702,6 +703,47 @@ async def test_a_life(store: Store, connection: Connection) -> None:
     assert by_name["wait_satisfied go"].data == {"signal": "go"}
     assert by_name["failed"].error == ErrorInfo(**vars_of(FAILURE))
     assert by_name["suspended"].data == {"waiting_for": "retry", "name": "a", "wake_at": due.isoformat()}
+
+
+async def test_the_rows_own_part_of_a_history(store: Store, connection: Connection) -> None:
+    """That it was created, started and completed is told by the run's row; and by events, where there are some."""
+    run = await started(store, connection)
+    began = await now(connection)
+    entries = (entry("a", 1, started_at=began, finished_at=began),)
+    run = await write(store, connection, run, {"status": Status.RUNNING, "started_at": began}, entries=entries)
+    assert told(await read.history(store, connection, run.id))[:2] == ["created", "started"]
+    ended = await now(connection)
+    run = await write(store, connection, run, {"status": Status.COMPLETED, "finished_at": ended})
+    assert await rows(connection, "select kind from durable.events where run_id = %s", run.id) == []
+    life = ["created", "started", "attempt_started a#1", "attempt_succeeded a#1", "completed"]
+    events = await read.history(store, connection, run.id)
+    assert told(events) == life
+    assert [event.at for event in events] == [run.created_at, began, began, began, ended]
+    assert [event.data for event in events if event.step is None] == [None] * 3
+
+    undoing = {"status": Status.COMPENSATING, "finished_at": None, "ending": Ending(Status.CANCELED)}
+    run = await write(store, connection, run, undoing)
+    assert told(await read.history(store, connection, run.id)) == [*life, "compensating"]
+    canceled = {"status": Status.CANCELED, "finished_at": await now(connection), "ending": None}
+    run = await write(store, connection, run, canceled)
+    events = await read.history(store, connection, run.id)
+    assert told(events) == [*life, "compensating", "canceled"]
+    assert [event.at for event in events[:5]] == [run.created_at, began, began, began, ended]
+
+
+async def test_what_rows_and_events_both_tell_is_told_once(store: Store, connection: Connection) -> None:
+    run = await started(store, connection)
+    began, ended = await now(connection), await now(connection)
+    run = await write(store, connection, run, {"status": Status.RUNNING, "started_at": began})
+    run = await write(store, connection, run, {"status": Status.COMPLETED, "finished_at": ended})
+    kinds = {"created": run.created_at, "started": began, "completed": ended}
+    for kind, at in kinds.items():
+        await connection.execute(
+            b"insert into durable.events (run_id, kind, at) values (%s, %s, %s)", [run.id, kind, at]
+        )
+    events = await read.history(store, connection, run.id)
+    assert {event.kind: event.at for event in events} == kinds
+    assert told(events) == [*kinds]
 
 
 def vars_of(failure: Failure) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from durable.core.transition import Successor, Transition
 from durable.errors import RunNotFound
 from durable.store import operations
 from durable.store.apply import apply
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.store.inbox import load_inbox
 from durable.store.read import Answer, answer
 from durable.values import Status

@@ -1,25 +1,29 @@
-"""Locking, and the flush with COMMIT in its middle."""
+"""Locking, letting go, and the jobs. The flush with COMMIT in its middle: test_apply.py."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
-from tests.store.kit import jobs, read, rows, started, wait_until_blocked
+from tests.store.kit import jobs, lock, read, rows, started, wait_until_blocked
 
-from durable.core.state import MessageKind
+from durable.core.state import MessageKind, Run
 from durable.queue import RERING, RING
 from durable.store import operations
-from durable.store.db import Connection, Store, connection_settings
+from durable.store.connection import Connection
+from durable.store.db import Store, connection_settings
 from durable.store.errors import RowBusy
+from durable.store.flush import Flush
 from durable.store.inbox import load_inbox, mark_seen
-from durable.store.jobs import enqueue, ring_later
-from durable.store.runs import Mode, begin_and_lock, commit, commit_and_lock, lock
+from durable.store.jobs import queue_continuation, ring_later
+from durable.store.journal import load_journal
+from durable.store.runs import abandon, begin_and_lock, commit
 
 IDLE, INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
 
@@ -54,6 +58,25 @@ async def test_no_such_run(store: Store, connection: Connection, mode: Any) -> N
     assert state(connection) is IDLE
 
 
+async def test_with_the_journal(store: Store, connection: Connection) -> None:
+    run = await started(store, connection)
+    columns = "run_id, step_id, kind, status, result, attempt, finished_at"
+    for name in ("b", "a"):
+        insert = f"insert into durable.journal ({columns}) values (%s, %s, 'step', 'completed', '1', 1, now())"
+        await connection.execute(insert.encode(), [run.id, name])
+    for with_journal in (False, True, True):
+        locked = await begin_and_lock(store, connection, run.id, with_journal=with_journal)
+        assert locked is not None
+        if with_journal:
+            assert locked.journal == await load_journal(store, connection, run.id)
+            assert list(locked.journal) == ["b", "a"]
+        else:
+            assert locked.journal is None
+        await abandon(connection)
+    assert await begin_and_lock(store, connection, uuid.uuid4(), with_journal=True) is None
+    assert state(connection) is IDLE
+
+
 async def test_a_held_row(store: Store, connection: Connection, rival: Connection) -> None:
     run = await started(store, connection)
     async with rival.transaction():
@@ -63,9 +86,9 @@ async def test_a_held_row(store: Store, connection: Connection, rival: Connectio
         assert state(connection) is IDLE
         for _ in range(8):  # also once the statements are prepared
             with pytest.raises(RowBusy):
-                await begin_and_lock(store, connection, run.id)
+                await begin_and_lock(store, connection, run.id, with_journal=True)
             assert state(connection) is IDLE
-            assert await begin_and_lock(store, connection, run.id, "skip") is None
+            assert await begin_and_lock(store, connection, run.id, "skip", with_journal=True) is None
             assert state(connection) is IDLE
     assert await begin_and_lock(store, connection, run.id) is not None
     await connection.rollback()
@@ -75,7 +98,7 @@ async def test_what_happened_while_it_waited_is_seen(module_dsn: str, store: Sto
     """A signal that commits between the holder's inbox read and its park: the next holder reads it, and the time is
     that of the lock, not of the question."""
     with psycopg.connect(module_dsn) as holder, ThreadPoolExecutor() as threads:
-        async with await psycopg.AsyncConnection.connect(module_dsn, autocommit=True) as mine:
+        async with await Connection.connect(module_dsn, autocommit=True) as mine:
             run = await started(store, mine)
             holder.execute("select 1 from durable.runs where id = %s for update", [run.id])
             waiting = asyncio.create_task(begin_and_lock(store, mine, run.id))
@@ -93,71 +116,25 @@ async def test_what_happened_while_it_waited_is_seen(module_dsn: str, store: Sto
             await mine.rollback()
 
 
-async def test_commit_and_lock(store: Store, connection: Connection, rival: Connection) -> None:
-    run = await started(store, connection)
-    await begin_and_lock(store, connection, run.id)
-    await connection.execute("update durable.runs set reason = 'x' where id = %s", [run.id])
-    await signal(store, rival, run.id, "meanwhile")
-    committed = await commit_and_lock(store, connection, run.id)
-    assert committed.locked is not None
-    assert committed.locked.run.reason == "x"
-    assert [m.name for m in committed.locked.inbox] == ["meanwhile"]
-    assert await lock(store, rival, run.id, "skip") is None
-    await connection.rollback()
-
-
-async def test_a_relock_that_fails_after_commit_went_through(
-    store: Store, connection: Connection, rival: Connection
-) -> None:
-    """Another run's row stands for the rival that was quicker: after COMMIT this one is held by somebody else."""
-    mine, held = await started(store, connection), await started(store, connection)
-    async with rival.transaction():
-        await read(store, rival, held.id)
-        modes: list[Mode] = ["wait", "skip"] * 7
-        for mode in modes:
-            await begin_and_lock(store, connection, mine.id)
-            await connection.execute("update durable.runs set retries = retries + 1 where id = %s", [mine.id])
-            committed = await commit_and_lock(store, connection, held.id, mode)
-            assert committed.locked is None
-            assert isinstance(committed.error, RowBusy) if mode == "wait" else committed.error is None
-            assert state(connection) is IDLE
-    assert (await read(store, connection, mine.id)).retries == 14
-
-
-async def test_a_commit_that_is_refused_is_an_error(store: Store, connection: Connection) -> None:
-    run = await started(store, connection)
-    await connection.execute("create table if not exists late (n int unique deferrable initially deferred)")
-    for _ in range(7):
-        await begin_and_lock(store, connection, run.id)
-        await connection.execute("insert into late values (1), (1)")
-        with pytest.raises(psycopg.errors.UniqueViolation):
-            await commit_and_lock(store, connection, run.id)
-        assert state(connection) is IDLE
-    await begin_and_lock(store, connection, run.id)
-    with pytest.raises(psycopg.errors.DivisionByZero):
-        await connection.execute("select 1 / 0")
-    with pytest.raises(psycopg.errors.InFailedSqlTransaction):
-        await commit_and_lock(store, connection, run.id)  # answered with ROLLBACK, without an error
-    assert state(connection) is IDLE
-    assert await rows(connection, "select * from late") == []
-
-
 async def test_a_wait_for_the_lock_that_is_cancelled(module_dsn: str, store: Store, rival: Connection) -> None:
-    async with await psycopg.AsyncConnection.connect(module_dsn, autocommit=True) as mine:
-        run = await started(store, mine)
-        for _ in range(7):
+    """Nobody knows how far the server has come, so the connection is closed; the server lets go of the lock by itself,
+    which it may be given still."""
+    run = await started(store, rival)
+    for _ in range(3):
+        async with await Connection.connect(module_dsn, autocommit=True) as mine:
+            pid = mine.info.backend_pid
             async with rival.transaction():
                 await read(store, rival, run.id)
                 waiting = asyncio.create_task(begin_and_lock(store, mine, run.id))
                 with ThreadPoolExecutor() as threads:
-                    blocked = threads.submit(wait_until_blocked, module_dsn, mine.info.backend_pid)
-                    await asyncio.wrap_future(blocked)
+                    await asyncio.wrap_future(threads.submit(wait_until_blocked, module_dsn, pid))
                 waiting.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await waiting
-                assert state(mine) is IDLE
-            assert await begin_and_lock(store, mine, run.id) is not None
-            await commit(store, mine)
+                assert mine.closed
+        async with await Connection.connect(module_dsn, autocommit=True) as another:
+            assert await begin_and_lock(store, another, run.id) is not None  # there is no lock_timeout: it may wait
+            await commit(store, another)
 
 
 async def test_a_commit_that_is_none(store: Store, connection: Connection) -> None:
@@ -169,16 +146,46 @@ async def test_a_commit_that_is_none(store: Store, connection: Connection) -> No
     assert state(connection) is IDLE
 
 
+async def test_abandoned(store: Store, connection: Connection) -> None:
+    run = await started(store, connection)
+    await abandon(connection)  # there is nothing to roll back
+    assert state(connection) is IDLE
+    await begin_and_lock(store, connection, run.id)
+    await connection.execute("update durable.runs set reason = 'x' where id = %s", [run.id])
+    await abandon(connection)
+    assert state(connection) is IDLE
+    assert await read(store, connection, run.id) == run
+    await connection.close()
+    await abandon(connection)
+    assert connection.closed
+
+
 async def test_a_connection_that_is_lost(store: Store, connection: Connection, module_dsn: str) -> None:
     run = await started(store, connection)
-    async with await psycopg.AsyncConnection.connect(module_dsn, autocommit=True) as mine:
-        await begin_and_lock(store, mine, run.id)
-        await connection.execute("select pg_terminate_backend(%s, 10000)", [mine.info.backend_pid])
-        with pytest.raises(psycopg.OperationalError):
-            await commit_and_lock(store, mine, run.id)
-        assert mine.closed
+    for attempt in (commit, abandon):
+        async with await Connection.connect(module_dsn, autocommit=True) as mine:
+            await begin_and_lock(store, mine, run.id)
+            await connection.execute("select pg_terminate_backend(%s, 10000)", [mine.info.backend_pid])
+            if attempt is commit:
+                with pytest.raises(psycopg.OperationalError):
+                    await commit(store, mine)
+            else:
+                await abandon(mine)
+            assert mine.closed
     assert await begin_and_lock(store, connection, run.id) is not None
     await connection.rollback()
+
+
+async def enqueue(
+    store: Store, connection: Connection, task: str, run: Run, revision: int, *, quiet: bool = False
+) -> None:
+    flush = Flush(connection)
+    queue_continuation(store, flush, task, replace(run, revision=revision), quiet=quiet)
+    await flush.send()
+
+
+async def ring(connection: Connection, run: Run) -> None:
+    await connection.execute("select durable.enqueue(%s, %s, null, %s, %s)", [RING, run.id, run.queue, run.priority])
 
 
 async def test_jobs(store: Store, connection: Connection) -> None:
@@ -186,8 +193,8 @@ async def test_jobs(store: Store, connection: Connection) -> None:
     await enqueue(store, connection, "durable.advance", run, 4)
     await enqueue(store, connection, "durable.advance", run, 4)  # the same revision once
     await enqueue(store, connection, "durable.compensate", run, 5)
-    await enqueue(store, connection, RING, run)
-    await enqueue(store, connection, RING, run)  # never collapsed
+    await ring(connection, run)
+    await ring(connection, run)  # never collapsed
     await ring_later(store, connection, run.id, RERING)
     await ring_later(store, connection, run.id, RERING)  # re-rings are one
     assert await jobs(store, connection, run.id) == [
@@ -198,6 +205,19 @@ async def test_jobs(store: Store, connection: Connection) -> None:
         ("durable.ring", None, 1_999_997, None, "shop", None, False),
         ("durable.ring", None, 1_999_997, f"ring:{run.id}", "shop", None, True),
     ]
+
+
+async def test_a_quiet_job_is_not_announced(store: Store, connection: Connection, module_dsn: str) -> None:
+    """Whatever is behind it tells that nothing was said before."""
+    run = await started(store, connection)
+    async with await Connection.connect(module_dsn, autocommit=True) as listener:
+        await listener.execute('listen "procrastinate_queue_v1#shop"')
+        for quiet in (True, False):
+            await enqueue(store, connection, "durable.advance", run, 4 + quiet, quiet=quiet)
+            await connection.execute("select pg_notify('procrastinate_queue_v1#shop', 'behind')")
+        heard = [notification.payload async for notification in listener.notifies(timeout=20, stop_after=3)]
+    assert [payload == "behind" for payload in heard] == [True, False, True]
+    assert len(await jobs(store, connection, run.id)) == 3
 
 
 async def test_bands_never_touch(store: Store, connection: Connection) -> None:

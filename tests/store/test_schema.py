@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import psycopg
@@ -123,24 +124,78 @@ def test_the_database_knows_the_moves(plain: psycopg.Connection[Any], before: St
     assert f"from {before} to {after}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("table", "constraint", "values"),
-    [
-        ("runs", "runs_status_check", Status),
-        ("runs", "runs_waiting_for_check", WaitingFor),
-        ("journal", "journal_kind_check", EntryKind),
-        ("inbox", "inbox_kind_check", MessageKind),
-    ],
-)
-def test_the_checks_know_the_values(plain: psycopg.Connection[Any], table: str, constraint: str, values: Any) -> None:
-    definition = plain.execute(
-        "select pg_get_constraintdef(oid) from pg_constraint where conname = %s and conrelid = %s::regclass",
-        [constraint, f"durable.{table}"],
-    ).fetchone()
+LISTS = [
+    ("check_run", "runs_status_check", Status),
+    ("check_run", "runs_waiting_for_check", WaitingFor),
+    ("check_entry", "journal_kind_check", EntryKind),
+]
+
+
+@pytest.mark.parametrize(("function", "check", "values"), LISTS)
+def test_the_checks_know_the_values(plain: psycopg.Connection[Any], function: str, check: str, values: Any) -> None:
+    body = plain.execute("select prosrc from pg_proc where oid = %s::regproc", [f"durable.{function}"]).fetchone()
+    assert body is not None
+    listed = body[0].split(f"then '{check}'")[0].rsplit("not in (", 1)[1]
+    assert set(re.findall(r"'(\w+)'", listed)) == {value.value for value in values}
+
+
+def test_the_inbox_knows_its_kinds(plain: psycopg.Connection[Any]) -> None:
+    query = "select pg_get_constraintdef(oid) from pg_constraint where conname = 'inbox_kind_check'"
+    definition = plain.execute(query).fetchone()
     assert definition is not None
-    for value in values:
-        assert f"'{value}'" in definition[0]
-    assert definition[0].count("::text") - definition[0].count("::text[]") >= len(values)
+    assert set(re.findall(r"'(\w+)'", definition[0])) == {kind.value for kind in MessageKind}
+
+
+BROKEN_RUNS = [
+    ("status = 'odd'", "status"),
+    ("waiting_for = 'odd'", "waiting_for"),
+    ("finished_at = now()", "finished"),
+    ("status = 'completed'", "finished"),
+    ("status = 'suspended'", "suspended_says_why"),
+    ("status = 'completed', finished_at = now(), wake_at = now()", "ended_waits_not"),
+    ("status = 'completed', finished_at = now(), waiting_for = 'sleep'", "ended_waits_not"),
+    ("claim_worker = 1", "claim"),
+    ("claim_token = gen_random_uuid()", "claim"),
+    (
+        "status = 'suspended', waiting_for = 'sleep', claim_worker = 1, claim_token = gen_random_uuid()",
+        "claimed_is_active",
+    ),
+    ("status = 'compensating'", "ending"),
+    ("tags = '[]'", "tags"),
+]
+
+
+@pytest.mark.parametrize(("change", "check"), BROKEN_RUNS)
+def test_a_run_that_breaks_an_invariant_is_refused(plain: psycopg.Connection[Any], change: str, check: str) -> None:
+    run = put(plain, Status.RUNNING)
+    with pytest.raises(psycopg.errors.CheckViolation) as caught:
+        plain.execute(f"update durable.runs set {change} where id = %s".encode(), [run])
+    assert caught.value.diag.constraint_name == f"runs_{check}_check"
+
+
+def test_a_new_run_is_checked_as_well(plain: psycopg.Connection[Any]) -> None:
+    with pytest.raises(psycopg.errors.CheckViolation) as caught:
+        plain.execute(
+            "insert into durable.runs (id, workflow, version, input, input_hash, queue, root_id, created_at, tags) "
+            "values (gen_random_uuid(), 'w', '1', '1', 'h', 'q', gen_random_uuid(), now(), '1')"
+        )
+    assert caught.value.diag.constraint_name == "runs_tags_check"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "check"),
+    [("odd", "completed", "kind"), ("step", "odd", "status"), ("step", "failed", "failed_says_why")],
+)
+def test_an_entry_that_breaks_an_invariant_is_refused(
+    plain: psycopg.Connection[Any], kind: str, status: str, check: str
+) -> None:
+    put_entry = (
+        "insert into durable.journal (run_id, step_id, kind, status, finished_at) values (gen_random_uuid(), 'a', %s, "
+        "%s, now())"
+    )
+    with pytest.raises(psycopg.errors.CheckViolation) as caught:
+        plain.execute(put_entry, [kind, status])
+    assert caught.value.diag.constraint_name == f"journal_{check}_check"
 
 
 def test_the_tasks_are_what_the_queue_calls_them(plain: psycopg.Connection[Any]) -> None:

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
-import psycopg
 import pytest
 import pytest_asyncio
 from tests.store.kit import jobs, rows
 
 from durable.store import nudges, sweep
-from durable.store.db import Connection, Pool, Store
+from durable.store.connection import Connection
+from durable.store.db import Pool, Store
 
 HERE = "database = (select oid from pg_database where datname = current_database())"
 
@@ -25,9 +25,9 @@ def store(dsn: str) -> Store:
 
 
 @pytest_asyncio.fixture
-async def direct(dsn: str) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+async def direct(dsn: str) -> AsyncIterator[Connection]:
     """The connection that a worker holds its lock on."""
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await Connection.connect(dsn, autocommit=True) as connection:
         yield connection
 
 
@@ -89,8 +89,164 @@ async def queue_worker(connection: Connection, heartbeat: str = "0 s") -> int:
 
 async def dead_worker(store: Store, dsn: str) -> int:
     """A worker that was here, and whose connection is gone."""
-    async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+    async with await Connection.connect(dsn, autocommit=True) as connection:
         return await sweep.register_worker(store, connection, "shop", "there", 1)
+
+
+# ---------------------------------------------------------------- one look at all of it
+
+ME = 4712
+ANSWERS = ("due", "crashed", "unread", "known", "alone", "deliveries", "waiting", "stray_claims", "stray_jobs", "news")
+
+
+async def found(store: Store, connection: Connection, **watcher: Any) -> dict[str, Any]:
+    """What a look finds there to do, but for what nobody has to do."""
+    await connection.execute(
+        b"insert into durable.workers (id, queue, host, pid, started_at) overriding system value "
+        b"values (%s, 'shop', 'here', 7, now()) on conflict do nothing",
+        [ME],
+    )
+    await connection.execute(b"select pg_advisory_lock(hashtext('durable'), %s)", [ME])
+    try:
+        seen = await sweep.look(store, connection, sweep.Watcher(ME, "shop", **watcher))
+    finally:
+        await connection.execute(b"select pg_advisory_unlock(hashtext('durable'), %s)", [ME])
+    answers = {name: getattr(seen, name) for name in ANSWERS}
+    return {name: answer for name, answer in answers.items() if answer}
+
+
+async def test_a_look_finds_nothing_in_what_is_parked_or_has_ended(store: Store, connection: Connection) -> None:
+    await put(connection, "completed")
+    await put(connection, due="1 hour")
+    await put(connection, "paused", due="-1 hour")
+    read = await put(connection, waiting_for="signal")
+    await message(connection, read, age="0 s")
+    await message(connection, await put(connection, "completed"), age="0 s")
+    await put(connection, waiting_for="definition", waiting_name="gone@1")
+    assert await found(store, connection, executing=[uuid.uuid4()], jobs=[1], known=[("order", "1")]) == {}
+    (row,) = await rows(
+        connection,
+        "select wake_at, durable.engine_now() from durable.runs where status = 'suspended' and wake_at is not null",
+    )
+    seen = await sweep.look(store, connection, sweep.Watcher(ME, "shop"))
+    assert seen.next_wake == row[0]
+    assert seen.now >= row[1]
+    assert seen.last is None
+
+
+async def test_a_look_finds_what_is_due(store: Store, connection: Connection) -> None:
+    run = await put(connection, due="-1 s")
+    assert await found(store, connection) == {"due": True}
+    await enqueue(connection, run)
+    assert await found(store, connection) == {"waiting": True}, "it has its continuation"
+
+
+async def test_a_look_finds_what_the_dead_left(store: Store, dsn: str, connection: Connection) -> None:
+    worker = await dead_worker(store, dsn)
+    await gone(store, connection, worker)
+    assert await found(store, connection) == {"crashed": True}
+    await sweep.forget_workers(store, connection, [worker])
+    assert await found(store, connection) == {}
+    run = await put(connection, "running", claim_worker=worker, claim_token=uuid.uuid4())
+    assert await found(store, connection) == {"crashed": True}, "a claim of nobody"
+    await connection.execute(b"update durable.runs set claim_worker = %s", [ME])
+    assert await found(store, connection, executing=[run]) == {}
+    job = await enqueue(connection, run)
+    for queue_worker_, answer in (
+        (await queue_worker(connection), {}),
+        (await queue_worker(connection, "31 s"), {"crashed": True}),
+        (None, {"crashed": True}),
+    ):
+        await doing(connection, job, queue_worker_)
+        assert await found(store, connection, executing=[run]) == answer
+
+
+async def test_a_look_finds_strays_of_the_watcher(store: Store, connection: Connection) -> None:
+    mine = await queue_worker(connection)
+    known, stray = [await put(connection, "running", claim_worker=ME, claim_token=uuid.uuid4()) for _ in range(2)]
+    jobs_ = [await enqueue(connection, run) for run in (known, stray)]
+    for job in jobs_:
+        await doing(connection, job, mine)
+    answers = await found(store, connection, queue_worker=mine, executing=[known], jobs=jobs_[:1])
+    assert answers == {"stray_claims": [stray], "stray_jobs": jobs_[1:]}
+    assert await found(store, connection, executing=[known, stray]) == {}, "the queue does not know it yet"
+
+
+async def test_a_look_finds_messages_that_nobody_read(store: Store, connection: Connection) -> None:
+    run = await put(connection, waiting_for="signal")
+    await message(connection, run)
+    assert await found(store, connection) == {"unread": True}
+    assert await found(store, connection, executing=[run, uuid.uuid4()]) == {"unread": True, "news": [run]}
+    await enqueue(connection, run, None, "ring")
+    assert await found(store, connection) == {"waiting": True}, "a doorbell waits"
+    await connection.execute(b"delete from durable.procrastinate_jobs; delete from durable.inbox")
+    await message(connection, await put(connection, "completed"))
+    assert await found(store, connection) == {"unread": True}, "it is to be settled"
+    await sweep.settle_unread(store, connection)
+    await message(connection, uuid.uuid4())
+    assert await found(store, connection) == {"unread": True}, "of no run"
+
+
+async def test_a_look_finds_runs_that_wait_for_a_definition_of_the_watcher(
+    store: Store, connection: Connection
+) -> None:
+    await put(connection, waiting_for="definition", waiting_name="order@1")
+    assert await found(store, connection, known=[("order", "1"), ("else", "1")]) == {"known": True}
+    assert await found(store, connection, known=[("order", "2")]) == {}
+
+
+async def test_a_look_goes_through_the_runnable_runs_by_page(store: Store, connection: Connection) -> None:
+    ids = sorted([await put(connection, "running") for _ in range(5)])
+    await enqueue(connection, ids[0])
+    await connection.execute(b"update durable.runs set claim_worker = %s, claim_token = id where id = %s", [ME, ids[1]])
+    await doing(connection, await enqueue(connection, ids[2]), await queue_worker(connection))
+    me = sweep.Watcher(ME, "shop")
+    seen = await sweep.look(store, connection, me, limit=3)
+    assert (seen.alone, seen.last) == (False, ids[2]), "a job waits; it is claimed; a job is executed"
+    seen = await sweep.look(store, connection, me, seen.last, limit=3)
+    assert (seen.alone, seen.last) == (True, None)
+    seen = await sweep.look(store, connection, me, ids[-1], limit=3)
+    assert (seen.alone, seen.last) == (False, None)
+
+
+async def test_a_look_finds_deliveries_that_are_due_for_its_hooks(store: Store, connection: Connection) -> None:
+    await connection.execute(
+        b"insert into durable.deliveries (run_id, queue, kind, body, due) "
+        b"values (%s, 'shop', 'status', '{}', durable.engine_now())",
+        [uuid.uuid4()],
+    )
+    assert await found(store, connection, kinds=["status"]) == {"deliveries": True}
+    assert await found(store, connection, kinds=["error"]) == await found(store, connection) == {}
+    await connection.execute(b"update durable.deliveries set due = due + interval '1 minute'")
+    assert await found(store, connection, kinds=["status"]) == {}
+
+
+async def test_a_look_finds_jobs_that_can_be_fetched_from_its_queue(store: Store, connection: Connection) -> None:
+    job = await enqueue(connection, uuid.uuid4())
+    assert await found(store, connection) == {"waiting": True}
+    later = b"update durable.procrastinate_jobs set scheduled_at = now() + %s::interval where id = %s"
+    await connection.execute(later, ["1 minute", job])
+    assert await found(store, connection) == {}
+    await connection.execute(later, ["-1 second", job])
+    assert await found(store, connection) == {"waiting": True}
+    await connection.execute(b"update durable.procrastinate_jobs set queue_name = 'another'")
+    assert await found(store, connection) == {}
+
+
+async def test_a_look_waits_for_no_lock_and_takes_none(store: Store, connection: Connection, rival: Connection) -> None:
+    await put(connection, due="-1 s")
+    await put(connection, "running")
+    await rival.execute(b"begin")
+    await rival.execute(b"select from durable.runs for update")
+    assert await found(store, connection) == {"due": True, "alone": True}, "who acts on it passes by what is held"
+    await rival.execute(b"rollback")
+    await connection.execute(b"begin")
+    await sweep.look(store, connection, sweep.Watcher(ME, "shop"))
+    assert await rows(rival, "select count(*) from (select from durable.runs for update skip locked) free") == [(2,)]
+    held = "select count(*) from pg_locks where pid = %s and (locktype in ('tuple', 'advisory') or mode <> %s)"
+    mine = connection.info.backend_pid
+    assert await rows(rival, f"{held} and locktype <> 'virtualxid'", mine, "AccessShareLock") == [(0,)]
+    await connection.execute(b"rollback")
 
 
 # ---------------------------------------------------------------- workers

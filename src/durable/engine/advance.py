@@ -112,9 +112,12 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
         if (deferred := defer(hold.view, ended)) is not None:
             return hold.defer(deferred)
         transition = settle(hold.view, ended, engine.limits())
-        if transition.ends and await hold.read_inbox():  # a pause or cancel during the last step is not overlooked
+        if not transition.ends:
+            return await write(hold, transition, budget)
+        if hold.lent and await hold.read_inbox():  # a pause or cancel during the last step is not overlooked,
             transition = settle(hold.view, ended, engine.limits())
-        return await write(hold, transition, budget)
+        budget.last = transition
+        return await hold.write(transition, whole=not hold.lent)  # nor, by a guard, where there is no write to be lost
     except engine.DATABASE_ERRORS as error:
         await hold.discard()
         return await claims.record_anew(engine, hold.view, flight, error)

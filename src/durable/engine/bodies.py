@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from durable.core.functions.body import Body
-from durable.core.state import Entry
+from durable.core.journal import Journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +18,7 @@ class Kept:
     """A body, and the journal that it was driven with, as they stood at one revision of their run."""
 
     revision: int
-    journal: Mapping[str, Entry]
+    journal: Journal
     body: Body
 
 
@@ -29,6 +28,9 @@ class Bodies:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._kept: OrderedDict[uuid.UUID, Kept] = OrderedDict()
+
+    def __contains__(self, run_id: object) -> bool:
+        return run_id in self._kept
 
     def take(self, run_id: uuid.UUID, revision: int) -> Kept | None:
         """The body of a run at `revision`, which is the caller's now; one of another revision is closed."""

@@ -25,6 +25,7 @@ from contextvars import ContextVar
 from typing import Any, Final, NoReturn, Protocol
 
 import psycopg
+from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, NestedTransaction, create_engine
 from sqlalchemy.dialects import registry
@@ -34,10 +35,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
 
+from durable.store.connection import Connection as EngineConnection
+
 SAVEPOINT: Final = "durable_step"
 
-# lock_timeout is the engine's, for its own lock; SET LOCAL before the savepoint survives a rollback to it.
-_LEND: Final = f"SET LOCAL lock_timeout TO DEFAULT; SAVEPOINT {SAVEPOINT}"
+# These are the engine's, for its own statements; SET LOCAL before the savepoint survives a rollback to it.
+_LEND: Final = f"SET LOCAL lock_timeout TO DEFAULT; SET LOCAL plan_cache_mode TO auto; SAVEPOINT {SAVEPOINT}"
 _KEEP: Final = f"SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT {SAVEPOINT}"
 _DROP: Final = f"ROLLBACK TO SAVEPOINT {SAVEPOINT}; RELEASE SAVEPOINT {SAVEPOINT}"
 # What a step may have SET LOCAL and would hurt the engine's own writes. (A rollback to the savepoint undoes these.)
@@ -52,7 +55,7 @@ _COMMITS = "the transaction of {0} is the run's: it commits when the handler ret
 class Lender(Protocol):
     """Implemented by the engine, one per executing call."""
 
-    async def borrow(self) -> psycopg.AsyncConnection[Any]:
+    async def borrow(self) -> EngineConnection:
         """The connection on which the run's row is locked and a transaction is open, not in pipeline mode.
 
         Called at most once per call, on the engine's loop, when the handler first asks. A detached step begins its
@@ -86,8 +89,9 @@ class LentConnection(psycopg.Connection[Any]):
 
     _pool = None  # psycopg: it is not ours to close, so don't warn that nobody did
 
-    def __init__(self, owner: psycopg.AsyncConnection[Any], gate: Gate) -> None:
+    def __init__(self, owner: EngineConnection, gate: Gate) -> None:
         super().__init__(owner.pgconn)
+        self._owner = owner
         self._prepared = owner._prepared  # prepared statements belong to the session, which both objects speak to
         self.gate = gate
 
@@ -98,6 +102,11 @@ class LentConnection(psycopg.Connection[Any]):
         except psycopg.Error as error:
             self.gate.last_error = error
             raise
+
+    def _deallocate(self, name: bytes | None) -> PQGen[None]:
+        if name is None:  # all, also those of the engine
+            self._owner.prepared.clear()
+        return super()._deallocate(name)
 
     def commit(self) -> None:
         self.gate.refuse()
@@ -113,8 +122,9 @@ class LentAsyncConnection(psycopg.AsyncConnection[Any]):
 
     _pool = None
 
-    def __init__(self, owner: psycopg.AsyncConnection[Any], gate: Gate) -> None:
+    def __init__(self, owner: EngineConnection, gate: Gate) -> None:
         super().__init__(owner.pgconn)
+        self._owner = owner
         self._prepared = owner._prepared
         self.gate = gate
 
@@ -125,6 +135,11 @@ class LentAsyncConnection(psycopg.AsyncConnection[Any]):
         except psycopg.Error as error:
             self.gate.last_error = error
             raise
+
+    def _deallocate(self, name: bytes | None) -> PQGen[None]:
+        if name is None:
+            self._owner.prepared.clear()
+        return super()._deallocate(name)
 
     async def commit(self) -> None:
         self.gate.refuse()
@@ -266,13 +281,13 @@ class Engines:
         self._sync = create_engine("postgresql+durable_lent://", creator=_take, **options)
         self._async = create_async_engine("postgresql+durable_lent://", async_creator=_take_async, **options)
 
-    def open_sync(self, owner: psycopg.AsyncConnection[Any], gate: Gate) -> tuple[StepConnection, LentConnection]:
+    def open_sync(self, owner: EngineConnection, gate: Gate) -> tuple[StepConnection, LentConnection]:
         """Called in the handler's thread."""
         lent = LentConnection(owner, gate)
         return StepConnection(self._sync, lent), lent
 
     async def open_async(
-        self, owner: psycopg.AsyncConnection[Any], gate: Gate
+        self, owner: EngineConnection, gate: Gate
     ) -> tuple[StepConnection, StepAsyncConnection, LentAsyncConnection]:
         """Called on the loop."""
         lent = LentAsyncConnection(owner, gate)
@@ -283,12 +298,12 @@ class Engines:
 # ---------------------------------------------------------------- lending, and taking back
 
 
-async def lend(conn: psycopg.AsyncConnection[Any]) -> None:
+async def lend(conn: EngineConnection) -> None:
     """Makes an open transaction ready for a step: the step's savepoint, and no lock timeout but the user's own."""
     await conn.execute(_LEND)
 
 
-async def settle_lent(conn: psycopg.AsyncConnection[Any], ok: bool) -> None:
+async def settle_lent(conn: EngineConnection, ok: bool) -> None:
     """Ends the step's savepoint: the transaction stays open, the row locked, and the engine may write.
 
     `ok`: what the step wrote is kept. Deferred constraints are checked now; the error of one is raised (it is the
@@ -313,11 +328,11 @@ class Loan:
         where: str,
         *,
         on_lent: Callable[[], None] = lambda: None,
-        owner: psycopg.AsyncConnection[Any] | None = None,
+        owner: EngineConnection | None = None,
     ) -> None:
         self._engines, self._lender, self._on_lent = engines, lender, on_lent
         self._loop = asyncio.get_running_loop()
-        self._lending: asyncio.Task[psycopg.AsyncConnection[Any]] | None = None
+        self._lending: asyncio.Task[EngineConnection] | None = None
         self._opening: asyncio.Task[StepAsyncConnection] | None = None
         self._cancelling: asyncio.Task[None] | None = None
         self._mutex = threading.Lock()
@@ -368,13 +383,13 @@ class Loan:
         self._step, conn, self._lent = await self._engines.open_async(owner, self.gate)
         return conn
 
-    async def _shared(self) -> psycopg.AsyncConnection[Any]:
+    async def _shared(self) -> EngineConnection:
         self.gate.check()
         if self._lending is None:
             self._lending = asyncio.create_task(self._lend())
         return await asyncio.shield(self._lending)
 
-    async def _lend(self) -> psycopg.AsyncConnection[Any]:
+    async def _lend(self) -> EngineConnection:
         if self.owner is None:
             self.owner = await self._borrow()
         await lend(self.owner)
@@ -383,7 +398,7 @@ class Loan:
         self._on_lent()
         return self.owner
 
-    async def _borrow(self) -> psycopg.AsyncConnection[Any]:
+    async def _borrow(self) -> EngineConnection:
         if self._lender is None:
             raise InvalidRequestError(f"{self.gate.where} has no transaction to take a connection in")
         try:
@@ -435,10 +450,10 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def _active(conn: psycopg.AsyncConnection[Any]) -> bool:
+def _active(conn: EngineConnection) -> bool:
     return conn.pgconn.transaction_status == TransactionStatus.ACTIVE
 
 
-async def _cancel_statement(conn: psycopg.AsyncConnection[Any]) -> None:
+async def _cancel_statement(conn: EngineConnection) -> None:
     with contextlib.suppress(psycopg.Error):  # the connection is gone, or nobody answers: taking back will see
         await conn.cancel_safe(timeout=5.0)

@@ -27,6 +27,7 @@ from durable.engine.borrow import SAVEPOINT, Engines, Lender, Loan, settle_lent
 from durable.engine.context import Flag, Progress, StepContext
 from durable.engine.invoke import Ask, Interruption, Raised, Returned, Script, Threads, play
 from durable.errors import LoopLimitExceeded, NonRetryable, PayloadError, StepTimeout
+from durable.store.connection import Connection
 from durable.values import JsonText, Rollback, Suspend
 
 LENT_LIMIT: Final = 30.0
@@ -142,7 +143,7 @@ class _Attempt:
         assert task is not None
         self._task, self._cancelling = task, task.cancelling()
         self._where = f"step {call.step_id!r} of run {view.run.id}"
-        self._owner: psycopg.AsyncConnection[Any] | None = None
+        self._owner: Connection | None = None
         self._limit: asyncio.Timeout | None = None  # while user code runs
         self._timeout = ""  # what is said of the limit that holds
         self._seconds = _seconds(call, now)
@@ -257,7 +258,7 @@ class _Attempt:
 
     async def _settle_lent(
         self,
-        conn: psycopg.AsyncConnection[Any],
+        conn: Connection,
         last: psycopg.Error | None,
         outcome: Outcome,
         error: BaseException | None,
@@ -275,9 +276,7 @@ class _Attempt:
             raise TransactionLost(outcome, f"{self._where}: the rollback to its savepoint failed: {lost}") from lost
         return outcome, error
 
-    async def _keep(
-        self, conn: psycopg.AsyncConnection[Any], last: psycopg.Error | None, outcome: Outcome
-    ) -> BaseException | None:
+    async def _keep(self, conn: Connection, last: psycopg.Error | None, outcome: Outcome) -> BaseException | None:
         """Keeps what a successful handler wrote; or the error that says why that is impossible."""
         if conn.pgconn.transaction_status == TransactionStatus.INERROR:
             return _aborted(last)
@@ -291,7 +290,7 @@ class _Attempt:
             return refused
         return None
 
-    def _check_alive(self, conn: psycopg.AsyncConnection[Any], outcome: Outcome) -> None:
+    def _check_alive(self, conn: Connection, outcome: Outcome) -> None:
         if conn.closed:
             raise TransactionLost(outcome, f"{self._where}: its connection was lost")
         if conn.pgconn.transaction_status == TransactionStatus.IDLE:

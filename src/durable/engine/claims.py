@@ -22,6 +22,7 @@ from durable.core.transition import Call, Fanout, Next, Transition
 from durable.engine.flight import ClaimLock, ClaimLost, Discarded, Flight, is_running, without_transaction
 from durable.engine.hold import Hold, executing, take
 from durable.engine.points import Point
+from durable.store.errors import InboxNews
 from durable.values import Status
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ async def record_anew(engine: Engine, view: View, flight: Flight, error: Excepti
     ended = await flight.ended()
     if flight.lent and flight.lost is None:
         ended = replace(ended, outcome=without_transaction(flight.call, error))
-    log.warning("run %s: writing the outcome of %r again after: %s", view.run.id, flight.call.step_id, error)
+    level = logging.INFO if isinstance(error, InboxNews) else logging.WARNING
+    log.log(level, "run %s: writing the outcome of %r again after: %s", view.run.id, flight.call.step_id, error)
     async for _ in engine.tries(limit=8):
         with engine.database_errors_only():
             hold = await take(engine, view.run.id)

@@ -57,12 +57,15 @@ class Deliverer:
         """There is something to deliver, or room to deliver more."""
         self._wake.set()
 
-    async def woken(self, within: float) -> None:
-        """Return at the next `wake`, or after so many seconds."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                await self._wake.wait()
+    async def woken(self) -> None:
+        """Return at the next `wake`."""
+        await self._wake.wait()
         self._wake.clear()
+
+    @property
+    def busy(self) -> bool:
+        """Whether deliveries are in hand: they are renewed by each sweep."""
+        return bool(self._flying)
 
     async def sweep(self) -> int:
         """Take up what is due, as far as there is room, without waiting for it; returns how many that are, with those

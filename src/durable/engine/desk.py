@@ -9,7 +9,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar
@@ -25,7 +25,7 @@ from durable.engine.hooks import Hooks
 from durable.engine.points import Hook, Point, nothing
 from durable.store import jobs, nudges
 from durable.store.db import Pool, Store
-from durable.store.errors import JournalConflict, RowBusy, StaleRevision
+from durable.store.errors import InboxNews, JournalConflict, RowBusy, StaleRevision
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Desk:
         RowBusy,
         StaleRevision,
         JournalConflict,
+        InboxNews,
     )
     """What never fails a run: the transaction is run again, or recovery puts the run back."""
 
@@ -60,6 +61,7 @@ class Desk:
         self.store, self.registry, self.pool, self.at = store, registry, pool, at
         self.hooks = hooks if hooks is not None else Hooks()
         self.guard = Guard()
+        self.fetch: Callable[[], None] = lambda: None  # says to who fetches jobs here that there is one
         self.bodies = Bodies(0)
         self._max_crashes = max_crashes
         self._clock: tuple[datetime, float] = (datetime.now(UTC), time.monotonic())
@@ -75,6 +77,11 @@ class Desk:
     def heard(self, now: datetime) -> None:
         """The database has just told its time."""
         self._clock = (now, time.monotonic())
+
+    @property
+    def fetches(self) -> bool:
+        """Whether this process looks for jobs, and so needs not to be told of its own."""
+        return False
 
     def written(self, transition: Transition) -> None:
         """A transition was committed. An engine has something to do then."""

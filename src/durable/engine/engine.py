@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import uuid
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -81,6 +82,7 @@ class Engine(Desk):
             application_name=f"durable worker {worker}",
             lock_timeout_ms=LOCK_TIMEOUT_MS,
             idle_in_transaction_ms=IDLE_IN_TRANSACTION_MS,
+            executing=True,
         )
         super().__init__(store, registry, pool, hooks=hooks, max_crashes=options.max_crashes, at=at)
         self.options, self.worker = options, worker
@@ -117,7 +119,8 @@ class Engine(Desk):
         await self.pool.close()
 
     def limits(self) -> Limits:
-        return replace(super().limits(), watching=self.suspects.watching)
+        chance = random.random()  # noqa: S311 - jitter
+        return Limits(max_crashes=self._max_crashes, chance=chance, watching=self.suspects.watching)
 
     def interrupt_all(self) -> None:
         """Shut down: end what is executing; each is handed back to the queue as it ends."""
@@ -140,17 +143,16 @@ class Engine(Desk):
 
     # ---------------------------------------------------------------- who flies what
 
-    @contextmanager
-    def aloft(self, flight: Flight) -> Iterator[None]:
-        """Where a handler that is to be interrupted is found."""
-        flights = self._flights.setdefault(flight.view.run.id, set())
-        flights.add(flight)
-        try:
-            yield
-        finally:
-            flights.discard(flight)
-            if not flights:
-                self._flights.pop(flight.view.run.id, None)
+    def takes_off(self, flight: Flight) -> None:
+        """Until it has landed, its handler is found here by those who want to interrupt it."""
+        self._flights.setdefault(flight.view.run.id, set()).add(flight)
+
+    def has_landed(self, flight: Flight) -> None:
+        run_id = flight.view.run.id
+        flights = self._flights[run_id]
+        flights.discard(flight)
+        if not flights:
+            del self._flights[run_id]
 
     @contextmanager
     def owning(self, run_id: uuid.UUID, claimed: Claimed) -> Iterator[None]:
@@ -203,6 +205,10 @@ class Engine(Desk):
         await super().tell_owner(run_id)
 
     # ---------------------------------------------------------------- after a commit
+
+    @property
+    def fetches(self) -> bool:
+        return not self.stopping
 
     def written(self, transition: Transition) -> None:
         """A transition was committed."""

@@ -27,8 +27,8 @@ from durable.engine.calls import TransactionLost
 from durable.engine.hold import Hold, executing
 from durable.engine.points import Point
 from durable.engine.slots import Slot
-from durable.logs import inside
-from durable.store.db import Connection
+from durable.logs import go_inside
+from durable.store.connection import Connection
 
 if TYPE_CHECKING:
     from durable.engine.engine import Engine
@@ -45,6 +45,7 @@ class Flight:
     ) -> None:
         self._engine = engine
         self.view, self.call, self.hold = view, call, hold
+        self.what = executing(view)
         self.claim = claim
         self.lent = False
         self.lost: TransactionLost | None = None
@@ -57,12 +58,15 @@ class Flight:
 
     async def ended(self) -> Ended:
         """What it led to. Waits for it, and never abandons a running thread."""
-        outcome = await asyncio.shield(self.task)
+        outcome = self.task.result() if self.task.done() else await asyncio.shield(self.task)
         now = self.hold.now if self.hold is not None else self._engine.now()
         return Ended(self.call, outcome, self.started_at, max(now, self.started_at))
 
     async def ends_attached(self, slot: Slot) -> bool:
         """Wait while it may hold the row. False: it has been detached and is running still."""
+        await asyncio.sleep(0)
+        if self.task.done():  # most handlers end at their first go
+            return True
         options = self._engine.options
         patience = min(UNDER_PRESSURE, options.detach_after)
         if self.call.work.transactional is True or await self._ends_within(patience):
@@ -83,6 +87,7 @@ class Flight:
                 assert self.claim is not None
                 self.hold = await self.claim.lock_for_good(self.call)
             self.lent = self.hold.lent = True
+            self.hold.connection.unwatch()
             return self.hold.connection
 
     def interrupt(self, by: Literal["cancel", "shutdown"]) -> None:
@@ -93,7 +98,8 @@ class Flight:
             self.task.cancel()
 
     async def _ends_within(self, seconds: float | None) -> bool:
-        await asyncio.wait({self.task}, timeout=seconds)
+        if not self.task.done():
+            await asyncio.wait({self.task}, timeout=seconds)
         return self.task.done()
 
     async def _detach(self) -> bool:
@@ -104,13 +110,12 @@ class Flight:
                 return False
             hold, self.hold = self.hold, None
             assert hold is not None
-            what = executing(hold.view)
-            self._engine.at(Point.BEFORE_CLAIM, what)
+            self._engine.at(Point.BEFORE_CLAIM, self.what)
             self.claim = ClaimLock(self._engine, hold.view.run.id, self._engine.new_claim())
             taken = claimed(hold.view, hold.now, self.claim.claim, (self.call,))
             with self._engine.database_errors_only():  # whether it was committed shows when the outcome is written
                 await hold.write(taken)
-            self._engine.at(Point.AFTER_CLAIM, what)
+            self._engine.at(Point.AFTER_CLAIM, self.what)
             return True
 
     async def _without_transaction(self, lost: TransactionLost) -> Outcome:
@@ -129,20 +134,20 @@ class Flight:
 
     async def _fly(self) -> Outcome:
         engine = self._engine
-        with inside(**self._facts()):  # around the hooks too: so they know which step it is
-            engine.at(Point.BEFORE_HANDLER, executing(self.view))
-            outcome = await self._run()
-            engine.at(Point.AFTER_HANDLER, executing(self.view))
+        go_inside(**self._facts())  # before the hooks: so they know which step it is
+        engine.at(Point.BEFORE_HANDLER, self.what)
+        outcome = await self._run()
+        engine.at(Point.AFTER_HANDLER, self.what)
         return outcome
 
     async def _run(self) -> Outcome:
         engine = self._engine
+        engine.takes_off(self)
         try:
-            with engine.aloft(self):
-                said = partial(engine.say, self)
-                return await engine.caller.run(
-                    self.call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said
-                )
+            said = partial(engine.say, self)
+            return await engine.caller.run(
+                self.call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said
+            )
         except TransactionLost as lost:
             return await self._without_transaction(lost)
         except asyncio.CancelledError:
@@ -150,6 +155,8 @@ class Flight:
                 raise
             asyncio.current_task().uncancel()  # type: ignore[union-attr]
             return Interrupted(self._interrupted_by)
+        finally:
+            engine.has_landed(self)
 
 
 class ClaimLock:

@@ -18,12 +18,13 @@ from psycopg.pq import TransactionStatus
 
 from durable.core.functions.body import Body
 from durable.core.functions.new import new_body
-from durable.core.state import Claim, Entry, Run, View
+from durable.core.journal import Journal
+from durable.core.state import Claim, Entry, View
 from durable.core.transition import Transition
 from durable.engine.bodies import Kept
 from durable.engine.points import Point
 from durable.store.apply import apply_and_commit, apply_and_relock
-from durable.store.db import Connection
+from durable.store.connection import Connection
 from durable.store.errors import RowBusy
 from durable.store.inbox import forward, load_inbox, mark_seen
 from durable.store.journal import load_journal
@@ -50,7 +51,7 @@ class Hold:
         desk: Desk,
         connection: Connection,
         locked: Locked,
-        journal: Mapping[str, Entry],
+        journal: Journal,
         body: Body | None = None,
     ) -> None:
         self._desk = desk
@@ -63,6 +64,7 @@ class Hold:
         workflow = desk.registry.find(run.workflow, run.version)
         if body is None and workflow is not None and workflow.body is not None:
             body = new_body(workflow, run, desk.registry, desk.guard)
+        self._journal = journal
         self.view = View(run, workflow, desk.registry, journal, locked.inbox, body)
 
     async def __aenter__(self) -> Self:
@@ -106,21 +108,31 @@ class Hold:
         body.deferred.update(deferred)
         return body
 
-    async def write(self, transition: Transition, *, planned: bool = True) -> Hold | None:
+    async def write(self, transition: Transition, *, planned: bool = True, whole: bool = False) -> Hold | None:
         """Write and commit. Nothing is held afterwards, whatever comes of it.
 
-        `planned`: what lies in the inbox was planned with, and is no reason any more to wake the run.
+        `planned`: what lies in the inbox was planned with, and is no reason any more to wake the run. `whole`: only if
+        nothing came to the inbox since it was read; else InboxNews is raised.
         """
         desk, what = self._desk, executing(self.view)
         try:
             desk.at(Point.BEFORE_COMMIT, what)
             transition = self._with_reports(transition)
             inbox = self.view.inbox if planned else ()
-            applied = await apply_and_commit(desk.store, self.connection, transition, inbox)
+            applied = await apply_and_commit(
+                desk.store,
+                self.connection,
+                transition,
+                inbox,
+                quiet=desk.fetches,
+                whole=self.view.inbox if whole else None,
+            )
             self._keep_body(transition, applied.entries)
         finally:
             await self._give_back()
         desk.written(transition)
+        if transition.next is not None:
+            desk.fetch()
         desk.at(Point.AFTER_COMMIT, what)
         return None
 
@@ -136,8 +148,7 @@ class Hold:
         try:
             desk.at(Point.BEFORE_COMMIT, what)
             transition = self._with_reports(transition)
-            silent = replace(transition, next=None)
-            applied, committed = await apply_and_relock(desk.store, self.connection, silent, self.view.inbox)
+            applied, committed = await apply_and_relock(desk.store, self.connection, transition, self.view.inbox)
             desk.written(transition)
             desk.at(Point.AFTER_COMMIT, what)
         except BaseException:
@@ -207,10 +218,8 @@ class Hold:
             await self._desk.enqueue(transition)
         return hold
 
-    def _journal_after(self, transition: Transition, entries: Iterable[Entry]) -> dict[str, Entry]:
-        gone = {*transition.forget, *transition.prune}
-        journal = {k: v for k, v in self.view.journal.items() if k not in gone} if gone else dict(self.view.journal)
-        return journal | {entry.step_id: entry for entry in entries}
+    def _journal_after(self, transition: Transition, entries: Iterable[Entry]) -> Journal:
+        return self._journal.after(entries, {*transition.forget, *transition.prune})
 
     def _driven(self, transition: Transition, entries: Iterable[Entry]) -> Body | None:
         """The body, if it goes on from what was written; else it is closed."""
@@ -233,7 +242,7 @@ class Hold:
     def _keep_body_as_it_is(self) -> None:
         body, run = self.view.body, self.view.run
         if body is not None and not body.stale and not body.deferred and not run.status.ended:
-            self._desk.bodies.keep(run.id, Kept(run.revision, self.view.journal, body))
+            self._desk.bodies.keep(run.id, Kept(run.revision, self._journal, body))
             self.view = replace(self.view, body=None)
 
     async def _give_back(self) -> None:
@@ -255,7 +264,8 @@ async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Cla
     """
     connection = await desk.pool.getconn()
     try:
-        locked = await begin_and_lock(desk.store, connection, run_id, mode)
+        kept_here = run_id in desk.bodies
+        locked = await begin_and_lock(desk.store, connection, run_id, mode, with_journal=not kept_here)
         if locked is not None and claim is not None and locked.run.claim != claim:
             await let_go(desk.store, connection)
             locked = None
@@ -263,8 +273,9 @@ async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Cla
             kept = desk.bodies.take(run_id, locked.run.revision)
             if kept is not None:
                 return Hold(desk, connection, locked, kept.journal, kept.body)
-            journal = await load_journal(desk.store, connection, run_id) if _has_journal(locked.run) else {}
-            return Hold(desk, connection, locked, journal)
+            if locked.journal is not None:
+                return Hold(desk, connection, locked, locked.journal)
+            return Hold(desk, connection, locked, await load_journal(desk.store, connection, run_id))
     except BaseException:
         if connection.info.transaction_status is not TransactionStatus.IDLE:
             await abandon(connection)
@@ -284,7 +295,3 @@ def executing(view: View) -> str:
     if workflow is None or run.current_step >= len(workflow.nodes):
         return "-"
     return workflow.nodes[run.current_step].kind
-
-
-def _has_journal(run: Run) -> bool:
-    return run.revision > 0

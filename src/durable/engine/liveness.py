@@ -24,7 +24,8 @@ from psycopg import sql
 from durable.engine import recover
 from durable.errors import ConfigurationError
 from durable.store import sweep as queries
-from durable.store.db import Connection, Store, connection_settings
+from durable.store.connection import Connection
+from durable.store.db import Store, connection_settings
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Liveness:
         lost: Callable[[], None],
         registered: Callable[[int], Awaitable[None]],
     ) -> None:
-        self._store, self._queue = store, queue
+        self._store, self.queue = store, queue
         self._heard, self._lost, self._registered = heard, lost, registered
         self.worker = 0
         self.alive = asyncio.Event()
@@ -112,7 +113,7 @@ class Liveness:
 
     async def _connect(self) -> None:
         settings = connection_settings(self._store.dsn, "durable liveness", [f"-c idle_session_timeout={SILENCE}"])
-        connection: Connection = await psycopg.AsyncConnection.connect(self._store.dsn, autocommit=True, **settings)
+        connection: Connection = await Connection.connect(self._store.dsn, autocommit=True, **settings)
         try:
             await connection.execute(sql.SQL("listen {}").format(sql.Identifier(self._store.control_channel)))
             await self._must_be_direct(connection)
@@ -131,7 +132,7 @@ class Liveness:
         if self.worker and await queries.registered(self._store, connection, self.worker):
             raise psycopg.OperationalError("the session that was lost still holds this worker's lock")
         self.worker = await queries.register_worker(
-            self._store, connection, self._queue, socket.gethostname(), os.getpid()
+            self._store, connection, self.queue, socket.gethostname(), os.getpid()
         )
 
     async def _must_be_direct(self, connection: Connection) -> None:

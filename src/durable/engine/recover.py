@@ -1,7 +1,8 @@
 """The sweep: what crashed, fell due, or was never heard of is put back to work.
 
-Runs about once a second in every worker, and by ``Durable.recover``. Sweeps may overlap: each takes its rows with SKIP
-LOCKED, one run per transaction, and whatever it enqueues is fenced by the revision.
+Done by ``Durable.recover``, and by every worker, about once a second, as far as a look finds something to do. Sweeps
+may overlap: each takes its rows with SKIP LOCKED, one run per transaction, and whatever it enqueues is fenced by the
+revision.
 
 A crash is charged on evidence only: a claim whose owner is gone, or a `doing` job of this run whose worker is gone.
 """

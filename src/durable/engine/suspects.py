@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Final
 
 from durable.core.transition import Call, Fanout
+
+_ADMITTED: Final = nullcontext(True)
 
 
 class Suspects:
@@ -26,12 +29,16 @@ class Suspects:
         """Whether a suspect runs."""
         return self._running is not None
 
-    @contextmanager
-    def admit(self, run_id: uuid.UUID, work: Call | Fanout) -> Iterator[bool]:
+    def admit(self, run_id: uuid.UUID, work: Call | Fanout) -> AbstractContextManager[bool]:
         """True if `work` may run now; a suspect keeps others out until the block ends."""
-        if all(call.crashes < self._from for call in work.calls):
-            yield True
-        elif self._running is not None:
+        for call in work.calls:
+            if call.crashes >= self._from:
+                return self._alone(run_id)
+        return _ADMITTED
+
+    @contextmanager
+    def _alone(self, run_id: uuid.UUID) -> Iterator[bool]:
+        if self._running is not None:
             yield False
         else:
             self._running = run_id

@@ -6,7 +6,7 @@ may end with COMMIT and the next lock (`apply_and_relock`), and nothing of a ref
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,12 @@ from durable.core.state import Entry, Failure, Message, Run
 from durable.core.transition import Event, Successor, Transition
 from durable.define.payload import canonical_hash
 from durable.store import codec, deliveries
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.store.errors import InternalError, translated
-from durable.store.jobs import enqueue
-from durable.store.runs import Committed, Cursor, Locked, abandon, let_go, messages_of, not_locked, went_through
+from durable.store.flush import Answer, Flush
+from durable.store.jobs import queue_continuation
+from durable.store.runs import Committed, Locked, abandon, let_go, messages_of, not_locked, went_through
 from durable.values import MOVES, Status
 
 
@@ -29,81 +31,94 @@ class Applied:
     entries: tuple[Entry, ...]
 
 
-async def apply(db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message] = ()) -> Applied:
-    """Write `transition` in the transaction that is open. `inbox` are the messages that its decision saw.
+async def apply(
+    db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message] = (), *, quiet: bool = False
+) -> Applied:
+    """Write `transition` in the transaction that is open. `inbox` are the messages that its decision saw. `quiet`: this
+    process looks by itself for the next job.
 
     Raises StaleRevision or JournalConflict, and then the transaction is lost: ``abandon`` the connection.
     """
+    flush = Flush(connection)
+    written = _queue(db, flush, transition, inbox)
+    _queue_next(db, flush, transition, quiet=quiet)
     with translated():
-        async with connection.pipeline():
-            written = await _queue(db, connection, transition, inbox)
-        return await _applied(transition, written)
+        await flush.send()
+    return _applied(transition, written)
 
 
 async def apply_and_commit(
-    db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message] = ()
+    db: Store,
+    connection: Connection,
+    transition: Transition,
+    inbox: Iterable[Message] = (),
+    *,
+    quiet: bool = False,
+    whole: Iterable[Message] | None = None,
 ) -> Applied:
     """`apply` and COMMIT in one flush: the end of a burst. Raises, with no transaction left open, if it was not
-    committed."""
+    committed. `whole`: only if nothing else lies in the inbox: else InboxNews is raised."""
     try:
-        async with connection.pipeline():
-            written = await _queue(db, connection, transition, inbox)
-            commit = await connection.execute(db.sql.commit)
+        flush = Flush(connection)
+        if whole is not None:
+            flush.add(db.sql.unchanged, {"run": transition.after.id, "seqs": [message.seq for message in whole]})
+        written = _queue(db, flush, transition, inbox)
+        _queue_next(db, flush, transition, quiet=quiet)
+        commit = flush.add(db.sql.commit)
+        await flush.send()
         went_through(commit)
     except BaseException as error:
         await abandon(connection)
         with translated():
             raise error
-    return await _applied(transition, written)
+    return _applied(transition, written)
 
 
 async def apply_and_relock(
     db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message] = ()
 ) -> tuple[Applied, Committed]:
-    """`apply`, COMMIT, BEGIN, and the lock for the next step, in one flush: what a burst does between two steps.
+    """`apply`, COMMIT, BEGIN, and the lock for the next step, in one flush: what a burst does between two steps. No job
+    is enqueued.
 
     Raises, with no transaction left open, only if the transition was not committed. The run is not read again: at the
     revision just written it is ``transition.after``; at another one somebody took over, and there is no lock.
     """
     run = {"run": transition.after.id}
-    written: list[Cursor] = []
-    commit: Cursor | None = None
+    written: list[Answer] = []
+    commit = Answer()
     try:
-        async with connection.pipeline():
-            written = await _queue(db, connection, transition, inbox)
-            commit = await connection.execute(db.sql.commit_and_begin)
-            row = await connection.execute(db.sql.relock, run)
-            messages = await connection.execute(db.sql.inbox, run)
+        flush = Flush(connection)
+        written = _queue(db, flush, transition, inbox)
+        commit = flush.add(db.sql.commit_and_begin)
+        row = flush.add(db.sql.relock, run)
+        messages = flush.add(db.sql.inbox, run)
+        await flush.send()
         went_through(commit)
         committed = await _relocked(db, connection, transition.after, row, messages)
     except BaseException as error:
         committed = await not_locked(connection, commit, error)
-    return await _applied(transition, written), committed
+    return _applied(transition, written), committed
 
 
-async def _relocked(db: Store, connection: Connection, run: Run, row: Cursor, messages: Cursor) -> Committed:
-    found = await row.fetchone()
+async def _relocked(db: Store, connection: Connection, run: Run, row: Answer, messages: Answer) -> Committed:
+    found = row.row
     if found is None or found[0] != run.revision:
         await let_go(db, connection)
         return Committed(None)
-    return Committed(Locked(run, found[1], messages_of(db, await messages.fetchall())))
+    return Committed(Locked(run, found[1], messages_of(db, messages.rows)))
 
 
-async def _queue(db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message]) -> list[Cursor]:
-    """In a pipeline: all that there is to write; the cursors of the entries are to be read after the flush."""
+def _queue(db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message]) -> list[Answer]:
+    """Queue all that there is to write, but for the next job. The answers are the entries' places in the journal."""
     before, after, sql, payloads = transition.before, transition.after, db.sql, db.payloads
     check_move(before, after)
     check_successor(transition)
     run: dict[str, Any] = {"run": after.id}
-
-    await connection.execute(sql.move, run | {"before": before.revision} | codec.run_changes(after, payloads))
     if transition.forget:
-        await connection.execute(sql.forget, run | {"steps": list(transition.forget)})
+        flush.add(sql.forget, run | {"steps": list(transition.forget)})
     if transition.prune:
-        await connection.execute(sql.prune, run | {"steps": list(transition.prune)})
-    written = [
-        await connection.execute(sql.write, run | codec.entry_values(entry, payloads)) for entry in transition.entries
-    ]
+        flush.add(sql.prune, run | {"steps": list(transition.prune)})
+    written = _queue_move(db, flush, before, after, transition.entries)
     for attempt in transition.attempts:
         values = {
             "step_id": attempt.step_id,
@@ -114,17 +129,17 @@ async def _queue(db: Store, connection: Connection, transition: Transition, inbo
             "finished_at": attempt.finished_at,
             "next_attempt_at": attempt.next_attempt_at,
         }
-        await connection.execute(sql.attempt, run | values)
+        flush.add(sql.attempt, run | values)
     for event in (*lifecycle(before, after), *transition.events):
-        values = {"kind": event.kind, "step_id": event.step_id, "data": payloads.dump(event.data)}
-        await connection.execute(sql.event, run | values)
+        values = {"kind": event.kind, "step_id": event.step_id, "data": payloads.dump(event.data), "at": event.at}
+        flush.add(sql.event, run | values)
 
-    await _queue_inbox(db, connection, transition, inbox)
+    _queue_inbox(db, flush, transition, inbox)
     if transition.successor is not None:  # before anything is sent: what is sent to the run goes to its successor
-        await _queue_successor(db, connection, after, transition.successor)
+        _queue_successor(db, flush, after, transition.successor)
     for message in transition.outgoing:
         values = {"to": message.run_id, "kind": message.kind.value, "name": message.name, "id": message.id}
-        await connection.execute(sql.send, values | {"body": payloads.encoded(message.body)})
+        flush.add(sql.send, values | {"body": payloads.encoded(message.body)})
     for child in transition.children:
         values = {
             "id": child.id,
@@ -134,29 +149,45 @@ async def _queue(db: Store, connection: Connection, transition: Transition, inbo
             "input_hash": canonical_hash(child.input),
             "parent_step": child.parent_step,
         }
-        await connection.execute(sql.start_child, run | values)
+        flush.add(sql.start_child, run | values)
 
-    await deliveries.write(db, connection, after, transition.reports)
-    if transition.next is not None:
-        await enqueue(db, connection, f"durable.{transition.next.value}", after, after.revision)
+    deliveries.queue(db, flush, after, transition.reports)
     return written
 
 
-async def _queue_inbox(db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message]) -> None:
+def _queue_next(db: Store, flush: Flush, transition: Transition, *, quiet: bool) -> None:
+    if transition.next is not None:
+        queue_continuation(db, flush, f"durable.{transition.next.value}", transition.after, quiet=quiet)
+
+
+def _queue_move(db: Store, flush: Flush, before: Run, after: Run, entries: Sequence[Entry]) -> list[Answer]:
+    """The run's row, with the first entry in the same statement: most transitions have one, and nothing else."""
+    changes = codec.run_changes(before, after, db.payloads)
+    values = changes | {"run": after.id, "before": before.revision}
+    if not entries:
+        flush.add(db.sql.move(tuple(changes), stepped=False), values)
+        return []
+    values |= codec.entry_values(entries[0], db.payloads)
+    written = [flush.add(db.sql.move(tuple(changes), stepped=True), values)]
+    more = ({"run": after.id} | codec.entry_values(entry, db.payloads) for entry in entries[1:])
+    return [*written, *(flush.add(db.sql.write, values) for values in more)]
+
+
+def _queue_inbox(db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message]) -> None:
     """What becomes of the messages: taken, answered, or at least seen."""
     run: dict[str, Any] = {"run": transition.after.id}
     taken, replies = transition.taken or {}, transition.replies or {}
     if taken:
-        await connection.execute(db.sql.take, run | {"seqs": list(taken), "steps": list(taken.values())})
+        flush.add(db.sql.take, run | {"seqs": list(taken), "steps": list(taken.values())})
     if replies:
         bodies = [db.payloads.encode(reply) for reply in replies.values()]
-        await connection.execute(db.sql.reply, run | {"seqs": list(replies), "replies": bodies})
+        flush.add(db.sql.reply, run | {"seqs": list(replies), "replies": bodies})
     done = taken.keys() | replies.keys()
     if seen := [m.seq for m in inbox if m.fresh and m.seq not in done and m.kind not in REQUESTS]:
-        await connection.execute(db.sql.see, run | {"seqs": seen})
+        flush.add(db.sql.see, run | {"seqs": seen})
 
 
-async def _queue_successor(db: Store, connection: Connection, run: Run, successor: Successor) -> None:
+def _queue_successor(db: Store, flush: Flush, run: Run, successor: Successor) -> None:
     """The run goes on as another one, which inherits its inbox."""
     values = {
         "run": run.id,
@@ -164,16 +195,15 @@ async def _queue_successor(db: Store, connection: Connection, run: Run, successo
         "version": successor.version,
         "input": db.payloads.encode(successor.input),
     }
-    await connection.execute(db.sql.start_successor, values)
-    await connection.execute(db.sql.hand_over, values)
+    flush.add(db.sql.start_successor, values)
+    flush.add(db.sql.hand_over, values)
 
 
-async def _applied(transition: Transition, written: list[Cursor]) -> Applied:
+def _applied(transition: Transition, written: Sequence[Answer]) -> Applied:
     entries = []
-    for entry, cursor in zip(transition.entries, written, strict=True):
-        row = await cursor.fetchone()
-        assert row is not None  # refuse() or a seq
-        entries.append(replace(entry, seq=row[0]))
+    for entry, answer in zip(transition.entries, written, strict=True):
+        assert answer.row is not None  # refuse() or a seq
+        entries.append(replace(entry, seq=answer.row[0]))
     return Applied(tuple(entries))
 
 
@@ -194,26 +224,28 @@ def check_successor(transition: Transition) -> None:
 
 
 def lifecycle(before: Run, after: Run) -> list[Event]:
-    """What a transition means in the run's life, as history tells it."""
-    started = [Event("started")] if before.started_at is None and after.started_at is not None else []
+    """What a transition means in the run's life, as history tells it; but for what the row says as long as it stands:
+    when it was created, started and completed. Most runs have no events at all."""
     match before.status, after.status:
         case was, now if was is now:
             waits_anew = now is Status.SUSPENDED and _wait(after) != _wait(before)
-            return [_suspended(after)] if waits_anew else started
+            return [_suspended(after)] if waits_anew else []
         case Status.FAILED, Status.RUNNING:
             return [Event("resumed", data={"by": "retry"})]
         case (Status.PAUSED, Status.RUNNING | Status.SUSPENDED) | (Status.COMPENSATING, Status.RUNNING):
-            return [Event("resumed"), *started]
+            return [Event("resumed")]
+        case Status.COMPLETED, Status.COMPENSATING:
+            return [Event("completed", at=before.finished_at), Event("compensating")]
         case _, Status.SUSPENDED:
-            return [*started, _suspended(after)]
+            return [_suspended(after)]
         case _, Status.FAILED:
-            return [*started, Event("failed", data=_with_error(after.error))]
+            return [Event("failed", data=_with_error(after.error))]
         case _, Status.CANCELED:
-            return [*started, Event("canceled", data={"reason": after.reason} if after.reason else None)]
-        case _, Status.PAUSED | Status.COMPENSATING | Status.COMPLETED as now:
-            return [*started, Event(now.value)]
+            return [Event("canceled", data={"reason": after.reason} if after.reason else None)]
+        case _, Status.PAUSED | Status.COMPENSATING as now:
+            return [Event(now.value)]
         case _:
-            return started  # or back to work after a wait: the journal tells that
+            return []  # it completed; or it is back at work after a wait, and the journal tells that
 
 
 def _wait(run: Run) -> tuple[object, ...]:

@@ -17,6 +17,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, Final, Protocol
 
 from durable.core.state import Begun, Claim, Ending, Entry, EntryKind, Failure, Message, MessageKind, Run
@@ -205,30 +206,35 @@ def run(row: Sequence[Any], payloads: Payloads) -> Run:
     )
 
 
-def run_changes(run: Run, payloads: Payloads) -> dict[str, Any]:
-    """The columns that a transition may change, as parameters."""
-    return {
-        "status": run.status.value,
-        "revision": run.revision,
-        "current_step": run.current_step,
-        "frame": frame_text(run.frame, payloads),
-        "waiting_for": run.waiting_for.value if run.waiting_for is not None else None,
-        "waiting_name": run.waiting_name,
-        "wake_at": run.wake_at,
-        "deadline": run.deadline,
-        "claim_worker": run.claim.worker if run.claim is not None else None,
-        "claim_token": run.claim.token if run.claim is not None else None,
-        "pausing": run.pausing,
-        "ending": ending_text(run.ending, payloads),
-        "undo_cursor": run.undo_cursor,
-        "retries": run.retries,
-        "cleanup": run.cleanup,
-        "successor": run.successor,
-        "error": payloads.dump(failure_json(run.error)),
-        "reason": clean(run.reason),
-        "started_at": run.started_at,
-        "finished_at": run.finished_at,
-    }
+_PLAIN: Final = (
+    "current_step", "waiting_name", "wake_at", "deadline", "pausing", "undo_cursor", "retries", "cleanup", "successor",
+    "started_at", "finished_at",
+)  # fmt: skip
+_plain_columns: Final = attrgetter(*_PLAIN)
+
+
+def run_changes(before: Run, after: Run, payloads: Payloads) -> dict[str, Any]:
+    """The columns that a transition changes, as parameters. A step of many changes two or three."""
+    changes: dict[str, Any] = {"revision": after.revision}
+    was, now = _plain_columns(before), _plain_columns(after)
+    if was != now:
+        changes |= {name: value for name, old, value in zip(_PLAIN, was, now, strict=True) if value != old}
+    if after.status is not before.status:
+        changes["status"] = after.status.value
+    if after.waiting_for is not before.waiting_for:
+        changes["waiting_for"] = after.waiting_for.value if after.waiting_for is not None else None
+    if after.frame != before.frame:
+        changes["frame"] = frame_text(after.frame, payloads)
+    if after.claim != before.claim:
+        changes["claim_worker"] = after.claim.worker if after.claim is not None else None
+        changes["claim_token"] = after.claim.token if after.claim is not None else None
+    if after.ending != before.ending:
+        changes["ending"] = ending_text(after.ending, payloads)
+    if after.error != before.error:
+        changes["error"] = payloads.dump(failure_json(after.error))
+    if after.reason != before.reason:
+        changes["reason"] = clean(after.reason)
+    return changes
 
 
 ENTRY_COLUMNS: Final = (
@@ -263,15 +269,16 @@ def _extra(text: str | None, payloads: Payloads) -> dict[str, Any] | None:
 
 
 def entry_values(entry: Entry, payloads: Payloads) -> dict[str, Any]:
+    """An entry as parameters; their names are apart from those of the run's columns, with which it is written."""
     return {
         "step_id": entry.step_id,
         "kind": entry.kind.value,
-        "status": entry.status,
+        "entry_status": entry.status,
         "result": payloads.encoded(entry.result),
-        "error": payloads.dump(failure_json(entry.error)),
+        "entry_error": payloads.dump(failure_json(entry.error)),
         "attempt": entry.attempt,
-        "started_at": entry.started_at,
-        "finished_at": entry.finished_at,
+        "began_at": entry.started_at,
+        "ended_at": entry.finished_at,
         "parent": entry.parent,
         "extra": payloads.dump(dict(entry.extra) if entry.extra is not None else None),
     }

@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 from typing import Any, Final, TypeAlias
 
-from psycopg import AsyncConnection
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import TupleRow
 from psycopg_pool import AsyncConnectionPool
 
 from durable.store.codec import MAX_PAYLOAD, Codec, Payloads
+from durable.store.connection import Connection
 from durable.store.sql import Sql
 from durable.store.tables import DEFAULT_SCHEMA
 
-Connection: TypeAlias = AsyncConnection[TupleRow]
 Pool: TypeAlias = AsyncConnectionPool[Connection]
 
 DEAD_AFTER: Final = 10
@@ -59,17 +57,22 @@ class Store:
         min_size: int = 1,
         lock_timeout_ms: int | None = None,
         idle_in_transaction_ms: int | None = None,
+        executing: bool = False,
         prepare_threshold: int | None = 5,
     ) -> Pool:
         """A pool that is not open yet: ``async with`` it, or ``await pool.open()``.
 
-        The two limits become the sessions' own defaults (``RESET ALL`` keeps them); a transaction pooler refuses them,
-        and needs ``prepare_threshold=None``.
+        The two limits, and what else `executing` sets, become the sessions' own defaults (``RESET ALL`` keeps them); a
+        transaction pooler refuses them, and needs ``prepare_threshold=None``. `executing`: this pool is for the advance
+        path, whose statements find their rows by primary keys: they need to be planned once.
         """
         limits = {"lock_timeout": lock_timeout_ms, "idle_in_transaction_session_timeout": idle_in_transaction_ms}
         options = [f"-c {name}={value}" for name, value in limits.items() if value is not None]
+        if executing:
+            options.append("-c plan_cache_mode=force_generic_plan")
         return AsyncConnectionPool(
             self.dsn,
+            connection_class=Connection,
             min_size=min(min_size, size),
             max_size=size,
             open=False,

@@ -13,10 +13,14 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Final
 
+from psycopg import AsyncClientCursor
+
 from durable.core.state import Run
 from durable.core.transition import Report, ReportKind
-from durable.store.db import Connection, Store
-from durable.store.sql import Statements, statement
+from durable.store.connection import Connection
+from durable.store.db import Store
+from durable.store.flush import Flush
+from durable.store.query import Statements, statement
 from durable.values import JsonText
 
 VISIBILITY: Final = timedelta(seconds=30)
@@ -79,11 +83,11 @@ class Delivery:
     refused: JsonText | None
 
 
-async def write(db: Store, connection: Connection, run: Run, reports: Iterable[Report]) -> None:
-    """In the transaction that is open, the one that moves the run."""
+def queue(db: Store, flush: Flush, run: Run, reports: Iterable[Report]) -> None:
+    """In the transaction that moves the run."""
     for report in reports:
         values = {"run": run.id, "queue": run.queue, "kind": report.kind, "body": db.payloads.dump(report.body)}
-        await connection.execute(statements(db.schema).write, values)
+        flush.add(statements(db.schema).write, values)
 
 
 async def take(
@@ -92,7 +96,7 @@ async def take(
     """Up to `limit` that are due, in the order in which they were written. Of each run and kind one at a time, beside
     those that come again because a hook raised."""
     values = {"queue": queue, "kinds": list(kinds), "limit": limit, "visibility": VISIBILITY}
-    cursor = await connection.execute(statements(db.schema).take, values)
+    cursor = await AsyncClientCursor(connection).execute(statements(db.schema).take, values)  # planned for what is due
     return sorted((Delivery(*row) for row in await cursor.fetchall()), key=lambda delivery: delivery.seq)
 
 

@@ -23,6 +23,10 @@ class JournalConflict(DurableError):
     """The journal has an entry for this step already, and the first write wins. Nothing was written."""
 
 
+class InboxNews(DurableError):
+    """A message came to the run while its end was decided. Nothing was written."""
+
+
 class InternalError(AssertionError):
     """The engine tried to do what must never happen. A bug in durable, never in app code."""
 
@@ -31,6 +35,7 @@ CONSTRAINTS: Final[Mapping[str, Callable[[str], Exception]]] = {
     "runs_revision": StaleRevision,
     "runs_legal_move": InternalError,
     "runs_successor": InternalError,
+    "inbox_news": InboxNews,
     "runs_tags_check": lambda _: PayloadError("tags are an object of names and values", where="the tags"),
     "journal_first_write_wins": JournalConflict,
 }

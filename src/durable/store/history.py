@@ -118,13 +118,16 @@ def _item(rank: _Rank, event: HistoryEvent, place: int = 0, attempt: int = 0, af
 
 
 def _lifecycle(sources: Sources, steps: Sequence[_Item]) -> Iterator[_Item]:
-    """The transitions. `started` is written with the first step's outcome, but is what came before the step."""
+    """The transitions. When it was created, started and completed says the run's row. `started` is written with the
+    first step's outcome, but is what came before the step."""
     run, rows = sources.run, list(sources.events)
     kinds = {row["kind"] for row in rows}
     if "created" not in kinds:
         rows.insert(0, {"kind": "created", "at": run["created_at"], "seq": 0})
     if "started" not in kinds and run["started_at"] is not None:
         rows.append({"kind": "started", "at": run["started_at"], "seq": 0})
+    if "completed" not in kinds and run["status"] == "completed":
+        rows.append({"kind": "completed", "at": run["finished_at"], "seq": _LAST})
     first = min((event.at for _, event in steps), default=None)
     for row in rows:
         data = dict(row.get("data") or {})

@@ -7,25 +7,26 @@ from collections.abc import Iterable
 
 from durable.core.state import Message
 from durable.store import codec
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
+from durable.store.flush import send
 
 
 async def load_inbox(db: Store, connection: Connection, run_id: uuid.UUID) -> tuple[Message, ...]:
     """The untaken messages, oldest first."""
-    cursor = await connection.execute(db.sql.inbox, {"run": run_id})
-    return tuple(codec.message(row, db.payloads) for row in await cursor.fetchall())
+    answer = await send(connection, db.sql.inbox, {"run": run_id})
+    return tuple(codec.message(row, db.payloads) for row in answer.rows)
 
 
 async def forward(db: Store, connection: Connection, run_id: uuid.UUID) -> int:
     """Send on, to the end of its chain, what came to a run after its successor had taken its inbox over: the sender
     had looked before. In the transaction that holds the run's row; rings there. Returns how many went on."""
-    cursor = await connection.execute(db.sql.forward, {"run": run_id})
-    row = await cursor.fetchone()
-    assert row is not None  # a function's answer
-    return int(row[0])
+    answer = await send(connection, db.sql.forward, {"run": run_id})
+    assert answer.row is not None  # a function's answer
+    return int(answer.row[0])
 
 
 async def mark_seen(db: Store, connection: Connection, run_id: uuid.UUID, seqs: Iterable[int]) -> None:
     """Of messages that were looked at and left where they are: they are no reason to wake the run any more."""
     if wanted := list(seqs):
-        await connection.execute(db.sql.see, {"run": run_id, "seqs": wanted})
+        await send(connection, db.sql.see, {"run": run_id, "seqs": wanted})

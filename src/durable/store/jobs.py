@@ -6,19 +6,16 @@ import uuid
 from datetime import timedelta
 
 from durable.core.state import Run
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
+from durable.store.flush import Flush
 
 
-async def enqueue(
-    db: Store, connection: Connection, task: str, run: Run, revision: int | None = None, delay: timedelta | None = None
-) -> None:
-    """In the caller's transaction, and last in it: a rival that is not committed makes this wait.
-
-    A continuation has the run's `revision`, and is enqueued under its lock. A doorbell has none, and only a doorbell
-    may have a `delay`: then it is a re-ring, of which the queue keeps one for a run.
-    """
-    job = {"task": task, "run": run.id, "revision": revision, "queue": run.queue, "priority": run.priority}
-    await connection.execute(db.sql.enqueue, job | {"delay": delay})
+def queue_continuation(db: Store, flush: Flush, task: str, run: Run, *, quiet: bool) -> None:
+    """The job that goes on with the run from its revision: enqueued under its lock, and last in its transaction, for a
+    rival that is not committed makes it wait. `quiet`: who enqueues it looks for it, others need not be told."""
+    job = {"task": task, "run": run.id, "revision": run.revision, "queue": run.queue, "priority": run.priority}
+    flush.add(db.sql.enqueue, job | {"quiet": quiet})
 
 
 async def ring_later(db: Store, connection: Connection, run_id: uuid.UUID, delay: timedelta) -> None:

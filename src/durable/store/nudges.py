@@ -8,8 +8,10 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Final
 
-from durable.store.db import Connection, Store
-from durable.store.sql import Statements, statement
+from durable.store.connection import Connection
+from durable.store.db import Store
+from durable.store.flush import Flush
+from durable.store.query import Statements, statement
 
 LATER: Final = timedelta(seconds=1)
 """When a job that found its run's row busy comes again."""
@@ -73,10 +75,11 @@ async def tell_owner(db: Store, connection: Connection, run_id: uuid.UUID) -> No
 
 async def report(db: Store, connection: Connection, said: Mapping[tuple[uuid.UUID, str], Mapping[str, Any]]) -> None:
     """Keep what executing steps last said of themselves, for `status`. In one flush."""
-    query = statements(db.schema).report
-    async with connection.pipeline():
-        for (run_id, step_id), body in said.items():
-            await connection.execute(query, {"run": run_id, "step": step_id, "body": db.payloads.dump(body)})
+    flush = Flush(connection)
+    for (run_id, step_id), body in said.items():
+        values = {"run": run_id, "step": step_id, "body": db.payloads.dump(body)}
+        flush.add(statements(db.schema).report, values)
+    await flush.send()
 
 
 async def notify_ended(db: Store, connection: Connection, ids: Collection[uuid.UUID]) -> None:

@@ -27,9 +27,10 @@ from durable.errors import ConfigurationError, RunNotFound
 from durable.snapshots import DERIVED, ErrorInfo, HistoryEvent, Page, RunSnapshot, StepSnapshot
 from durable.store import codec
 from durable.store.codec import Payloads
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.store.history import Sources, compose, error_info, parent_of, with_beginnings
-from durable.store.sql import Statements, statement
+from durable.store.query import Statements, statement
 from durable.values import JsonText, Status, WaitingFor
 
 Totals: TypeAlias = Callable[[str, str], int | None]

@@ -6,7 +6,8 @@ import uuid
 
 from durable.core.state import Entry, Run
 from durable.store import codec
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.store.journal import load_journal
 
 

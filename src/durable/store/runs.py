@@ -7,33 +7,39 @@ tables of that statement, and a message that came while we waited would be overl
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import psycopg
-from psycopg import AsyncCursor
 from psycopg.pq import TransactionStatus
-from psycopg.rows import TupleRow
 
+from durable.core.journal import Journal
 from durable.core.state import Message, Run
 from durable.store import codec
-from durable.store.db import Connection, Store
+from durable.store.connection import Connection
+from durable.store.db import Store
 from durable.store.errors import translated
+from durable.store.flush import Answer, Flush, Row, send
+from durable.store.journal import journal_of
+from durable.store.query import Statement
 
 Mode: TypeAlias = Literal["wait", "skip"]
 """``wait`` for a held row as long as the session's ``lock_timeout``, then RowBusy; or ``skip`` it: None."""
 
-Cursor: TypeAlias = AsyncCursor[TupleRow]
+ROLLBACK: Final = Statement.of("rollback")
 
 
 @dataclass(frozen=True, slots=True)
 class Locked:
-    """A run whose row this transaction holds, the time at which it was locked, and its untaken messages."""
+    """A run whose row this transaction holds, the time at which it was locked, and its untaken messages. `journal`: if
+    it was asked for."""
 
     run: Run
     now: datetime
     inbox: tuple[Message, ...]
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +51,17 @@ class Committed:
     error: Exception | None = None
 
 
-async def lock(
-    db: Store, connection: Connection, run_id: uuid.UUID, mode: Mode = "wait"
-) -> tuple[Run, datetime] | None:
-    """The run and the engine's time, in the transaction that is open. None: there is no such run, or it was skipped."""
-    with translated():
-        cursor = await connection.execute(_lock(db, mode), {"run": run_id})
-    row = await cursor.fetchone()
-    return None if row is None else (codec.run(row[:-1], db.payloads), row[-1])
-
-
-async def begin_and_lock(db: Store, connection: Connection, run_id: uuid.UUID, mode: Mode = "wait") -> Locked | None:
-    """BEGIN, lock and inbox in one flush. Without a lock (None, or RowBusy) no transaction is left open."""
+async def begin_and_lock(
+    db: Store, connection: Connection, run_id: uuid.UUID, mode: Mode = "wait", *, with_journal: bool = False
+) -> Locked | None:
+    """BEGIN, lock, inbox and journal in one flush. Without a lock (None, or RowBusy) no transaction is left open."""
     try:
-        async with connection.pipeline():
-            await connection.execute(db.sql.begin)
-            row, inbox = await queue_lock(db, connection, run_id, mode)
-        locked = await read_lock(db, row, inbox)
+        flush = Flush(connection)
+        flush.add(db.sql.begin)
+        row, inbox = queue_lock(db, flush, run_id, mode)
+        journal = flush.add(db.sql.journal, {"run": run_id}) if with_journal else None
+        await flush.send()
+        locked = read_lock(db, row, inbox, journal)
     except BaseException as error:
         await abandon(connection)
         with translated():
@@ -75,79 +75,57 @@ async def commit(db: Store, connection: Connection) -> None:
     """COMMIT, and make sure that it was one. On an error no transaction is left open, and nothing was written, unless
     the connection was lost: then nobody knows."""
     try:
-        went_through(await connection.execute(db.sql.commit))
+        went_through(await send(connection, db.sql.commit))
     except BaseException as error:
         await abandon(connection)
         with translated():
             raise error
 
 
-async def commit_and_lock(db: Store, connection: Connection, run_id: uuid.UUID, mode: Mode = "wait") -> Committed:
-    """COMMIT, BEGIN, lock and inbox in one flush. Raises only if COMMIT did not go through: what comes after it is no
-    error of the transaction before it."""
-    commit: Cursor | None = None
-    try:
-        async with connection.pipeline():
-            commit = await connection.execute(db.sql.commit_and_begin)
-            row, inbox = await queue_lock(db, connection, run_id, mode)
-        went_through(commit)
-        locked = await read_lock(db, row, inbox)
-    except BaseException as error:
-        return await not_locked(connection, commit, error)
-    if locked is None:
-        await let_go(db, connection)
-    return Committed(locked)
-
-
-async def queue_lock(db: Store, connection: Connection, run_id: uuid.UUID, mode: Mode) -> tuple[Cursor, Cursor]:
-    """In a pipeline: the lock and the inbox, to be read after the flush."""
+def queue_lock(db: Store, flush: Flush, run_id: uuid.UUID, mode: Mode) -> tuple[Answer, Answer]:
+    """The lock and the inbox, to be read when they have been sent."""
     run = {"run": run_id}
-    return await connection.execute(_lock(db, mode), run), await connection.execute(db.sql.inbox, run)
+    return flush.add(db.sql.lock if mode == "wait" else db.sql.lock_free, run), flush.add(db.sql.inbox, run)
 
 
-async def read_lock(db: Store, row: Cursor, inbox: Cursor) -> Locked | None:
-    found = await row.fetchone()
+def read_lock(db: Store, row: Answer, inbox: Answer, journal: Answer | None = None) -> Locked | None:
+    """What `queue_lock` brought. None: there is no such run, or it was skipped."""
+    found = row.row
     if found is None:
         return None
-    messages = await inbox.fetchall()
-    return Locked(codec.run(found[:-1], db.payloads), found[-1], messages_of(db, messages))
+    run, messages = codec.run(found[:-1], db.payloads), messages_of(db, inbox.rows)
+    return Locked(run, found[-1], messages, None if journal is None else journal_of(db, journal.rows))
 
 
-def messages_of(db: Store, rows: list[TupleRow]) -> tuple[Message, ...]:
+def messages_of(db: Store, rows: Iterable[Row]) -> tuple[Message, ...]:
     return tuple(codec.message(row, db.payloads) for row in rows)
 
 
-def went_through(commit: Cursor) -> None:
+def went_through(commit: Answer) -> None:
     """COMMIT of a transaction that had failed is answered with ROLLBACK, not with an error."""
-    if commit.statusmessage != "COMMIT":
+    if commit.tag != "COMMIT":
         raise psycopg.errors.InFailedSqlTransaction("COMMIT of a failed transaction: it was rolled back")
 
 
-async def not_locked(connection: Connection, commit: Cursor | None, error: BaseException) -> Committed:
+async def not_locked(connection: Connection, commit: Answer, error: BaseException) -> Committed:
     """What an error in a flush with COMMIT in its middle means."""
     await abandon(connection)
-    if isinstance(error, Exception) and commit is not None and commit.statusmessage == "COMMIT":
+    if isinstance(error, Exception) and commit.tag == "COMMIT":
         return Committed(None, _meant(error))
     with translated():
         raise error
 
 
 async def let_go(db: Store, connection: Connection) -> None:
-    """End a transaction that wrote nothing. Not by ROLLBACK, with which psycopg forgets all prepared statements."""
-    await connection.execute(db.sql.commit)
+    """End a transaction that wrote nothing."""
+    await send(connection, db.sql.commit)
 
 
 async def abandon(connection: Connection) -> None:
-    """After an error in a flush: leave no transaction open, and no trap.
-
-    psycopg takes a statement for prepared once it has sent the PREPARE, also if the flush failed before that was
-    executed, and every later use of it would fail. Its ``rollback()`` forgets them all, but only in a transaction;
-    ``execute("ROLLBACK")`` does not. So this is to be called after any error in a pipeline.
-    """
+    """After an error: leave no transaction open. A connection that can't even roll back is closed."""
     try:
-        if connection.info.transaction_status is TransactionStatus.IDLE:
-            await connection.execute("begin", prepare=False)
-        await connection.rollback()
+        if connection.info.transaction_status is not TransactionStatus.IDLE:
+            await send(connection, ROLLBACK)
     except psycopg.OperationalError:
         await connection.close()
 
@@ -158,7 +136,3 @@ def _meant(error: Exception) -> Exception:
             raise error
     except Exception as meant:
         return meant
-
-
-def _lock(db: Store, mode: Mode) -> bytes:
-    return db.sql.lock if mode == "wait" else db.sql.lock_free

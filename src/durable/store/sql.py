@@ -9,35 +9,51 @@ from __future__ import annotations
 from typing import Final
 
 from durable.store.codec import ENTRY_COLUMNS, MESSAGE_COLUMNS, RUN_COLUMNS
+from durable.store.query import Statement, Statements, statement
 
+# As durable.engine_now() has it, without the call.
+_NOW: Final = "clock_timestamp() + (select ahead from {schema}.clock)"
 
-class statement:  # noqa: N801 - reads like a keyword
-    """A statement with ``{schema}`` in it; as an attribute of Statements with the schema's name in place."""
+# The update stands first: what belongs to it is written only for a run that has moved.
+_MOVED: Final = """
+-- the run becomes what the transition says, if it still is what the transition was made from
+with moved as (
+  update {schema}.runs set {changes} where id = %(run)s and revision = %(before)s returning id
+)
+select case when not exists (select from moved) then {schema}.refuse(
+  'runs_revision', 'run ' || %(run)s || ' is no longer at revision ' || %(before)s
+) end
+"""
 
-    def __init__(self, text: str) -> None:
-        self.text = text.strip()
+_ENTRY: Final = f"""
+  insert into {{schema}}.journal
+    (run_id, step_id, kind, status, result, error, attempt, started_at, finished_at, parent, extra)
+  select moved.id, %(step_id)s::text, %(kind)s::text, %(entry_status)s::text, %(result)s::json, %(entry_error)s::json,
+    %(attempt)s::int, %(began_at)s::timestamptz, coalesce(%(ended_at)s::timestamptz, {_NOW}), %(parent)s::text,
+    %(extra)s::jsonb
+  from moved
+  on conflict (run_id, step_id) do update set
+    seq = default, kind = excluded.kind, status = excluded.status, result = excluded.result, error = excluded.error,
+    attempt = excluded.attempt, started_at = excluded.started_at, finished_at = excluded.finished_at,
+    parent = excluded.parent, extra = excluded.extra
+  where journal.status = 'suspended'
+  returning seq
+"""
 
-    def __set_name__(self, owner: type[Statements], name: str) -> None:
-        self.name = name
+_FIRST_WRITE_WINS: Final = """coalesce(
+  (select seq from written),
+  {schema}.refuse('journal_first_write_wins', 'run ' || %(run)s || ' has an entry of ' || %(step_id)s || ' already')
+)"""
 
-    def __get__(self, bound: Statements, owner: type[Statements]) -> bytes:
-        made = self.text.replace("{schema}", bound.schema).encode()
-        bound.__dict__[self.name] = made  # found there before this is asked again
-        return made
-
-
-class Statements:
-    """Statements for one schema."""
-
-    def __init__(self, schema: str) -> None:
-        self.schema = f'"{schema}"'
-
-
-_CHANGED: Final = (
-    "status", "revision", "current_step", "frame", "waiting_for", "waiting_name", "wake_at", "deadline",
-    "claim_worker", "claim_token", "pausing", "ending", "undo_cursor", "retries", "cleanup", "successor", "error",
-    "reason", "started_at", "finished_at",
-)  # fmt: skip
+_MOVED_BY_STEP: Final = f"""
+-- the same, with the entry of the step that moved it: the first write wins, but for a suspended step's own
+with moved as (
+  update {{schema}}.runs set {{changes}} where id = %(run)s and revision = %(before)s returning id
+), written as ({_ENTRY})
+select case when exists (select from moved) then {_FIRST_WRITE_WINS} else {{schema}}.refuse(
+  'runs_revision', 'run ' || %(run)s || ' is no longer at revision ' || %(before)s
+) end
+"""
 
 
 class Sql(Statements):
@@ -48,20 +64,20 @@ class Sql(Statements):
     # The lock stands in a subquery: what the outer one reads, it reads when the lock has been had; the time, too.
     lock = statement(f"""
 -- lock a run, and read it: wait for its holder
-select {RUN_COLUMNS}, {{schema}}.engine_now()
+select {RUN_COLUMNS}, {_NOW}
 from (select * from {{schema}}.runs where id = %(run)s for update) run
 """)
 
     lock_free = statement(f"""
 -- lock a run, and read it, if nobody holds it
-select {RUN_COLUMNS}, {{schema}}.engine_now()
+select {RUN_COLUMNS}, {_NOW}
 from (select * from {{schema}}.runs where id = %(run)s for update skip locked) run
 """)
 
-    relock = statement("""
+    relock = statement(f"""
 -- lock a run that was just written: only another revision would have changed it
-select revision, {schema}.engine_now()
-from (select revision from {schema}.runs where id = %(run)s for update) run
+select revision, {_NOW}
+from (select revision from {{schema}}.runs where id = %(run)s for update) run
 """)
 
     look = statement(f"""
@@ -77,6 +93,12 @@ select {MESSAGE_COLUMNS} from {{schema}}.inbox where run_id = %(run)s and state 
     journal = statement(f"""
 -- what the run has passed, in the order in which it was written
 select {ENTRY_COLUMNS} from {{schema}}.journal where run_id = %(run)s order by seq
+""")
+
+    unchanged = statement("""
+-- nothing lies in the inbox but what was seen
+select {schema}.refuse('inbox_news', 'run ' || %(run)s::uuid || ': something came to its inbox meanwhile')
+from {schema}.inbox where run_id = %(run)s::uuid and state <> 'taken' and seq <> all (%(seqs)s::bigint[]) limit 1
 """)
 
     see = statement("""
@@ -100,18 +122,18 @@ from unnest(%(seqs)s::bigint[], %(replies)s::text[]) as answer (seq, body)
 where message.run_id = %(run)s and message.seq = answer.seq and message.replied_at is null
 """)
 
-    move = statement(f"""
--- the run becomes what the transition says, if it still is what the transition was made from
-with moved as (
-  update {{schema}}.runs set {", ".join(f"{name} = %({name})s" for name in _CHANGED)}
-  where id = %(run)s and revision = %(before)s
-  returning revision
-)
-select coalesce(
-  (select revision from moved),
-  {{schema}}.refuse('runs_revision', 'run ' || %(run)s || ' is no longer at revision ' || %(before)s)
-)
-""")
+    def __init__(self, schema: str) -> None:
+        super().__init__(schema)
+        self._moves: dict[tuple[bool, tuple[str, ...]], Statement] = {}
+
+    def move(self, changed: tuple[str, ...], *, stepped: bool) -> Statement:
+        """The write of a transition that changes these columns; `stepped`: with an entry of the journal."""
+        made = self._moves.get((stepped, changed))
+        if made is None:
+            changes = ", ".join(f"{name} = %({name})s" for name in changed)
+            text = (_MOVED_BY_STEP if stepped else _MOVED).replace("{changes}", changes)
+            made = self._moves[stepped, changed] = self.statement(text.strip())
+        return made
 
     forget = statement("""
 -- a retried run forgets the failures that ended it: from the journal they move to the failed attempts
@@ -128,26 +150,10 @@ where kind in ('step', 'branch', 'iteration', 'choice', 'result')
 delete from {schema}.journal where run_id = %(run)s and step_id = any(%(steps)s)
 """)
 
-    write = statement("""
--- an entry: the first write wins, but for a suspended step, which ends in place of its suspension
-with written as (
-  insert into {schema}.journal
-    (run_id, step_id, kind, status, result, error, attempt, started_at, finished_at, parent, extra)
-  values (
-    %(run)s, %(step_id)s, %(kind)s, %(status)s, %(result)s, %(error)s, %(attempt)s, %(started_at)s,
-    coalesce(%(finished_at)s, {schema}.engine_now()), %(parent)s, %(extra)s
-  )
-  on conflict (run_id, step_id) do update set
-    seq = default, kind = excluded.kind, status = excluded.status, result = excluded.result, error = excluded.error,
-    attempt = excluded.attempt, started_at = excluded.started_at, finished_at = excluded.finished_at,
-    parent = excluded.parent, extra = excluded.extra
-  where journal.status = 'suspended'
-  returning seq
-)
-select coalesce(
-  (select seq from written),
-  {schema}.refuse('journal_first_write_wins', 'run ' || %(run)s || ' has an entry of ' || %(step_id)s || ' already')
-)
+    write = statement(f"""
+-- one more entry
+with moved as (select %(run)s::uuid as id), written as ({_ENTRY})
+select {_FIRST_WRITE_WINS}
 """)
 
     attempt = statement("""
@@ -159,7 +165,7 @@ values (%(run)s, %(step_id)s, %(attempt)s, %(kind)s, %(error)s, %(started_at)s, 
     event = statement("""
 -- what happened to the run
 insert into {schema}.events (run_id, kind, step_id, data, at)
-values (%(run)s, %(kind)s, %(step_id)s, %(data)s, {schema}.engine_now())
+values (%(run)s, %(kind)s, %(step_id)s, %(data)s, coalesce(%(at)s, {schema}.engine_now()))
 """)
 
     send = statement("""
@@ -189,7 +195,7 @@ from {schema}.runs r, {schema}.start_run(
   p_parent => r.parent_id, p_parent_step => r.parent_step, p_root => r.root_id, p_deadline => r.deadline,
   p_predecessor => r.id
 ) made
-where r.id = %(run)s
+where r.id = %(run)s::uuid
 """)
 
     hand_over = statement("""
@@ -210,5 +216,5 @@ select {schema}.enqueue('durable.ring', id, null, queue, priority, %(delay)s) fr
 
     enqueue = statement("""
 -- the next job: last of all, for it may have to wait for a rival
-select {schema}.enqueue(%(task)s, %(run)s, %(revision)s, %(queue)s, %(priority)s, %(delay)s)
+select {schema}.enqueue(%(task)s, %(run)s, %(revision)s, %(queue)s, %(priority)s, p_quiet => %(quiet)s)
 """)

@@ -1,6 +1,7 @@
 """What recovery asks the database: who is dead, what is due, what was never read, which run has no job.
 
-Every worker runs these about once a second, and any number of them may overlap. So each statement
+Every worker takes a `look` about once a second: one statement, which changes nothing and says which of the others have
+anything to do. Any number of workers may run those at once. So each
 - takes rows with SKIP LOCKED: a row that somebody holds is alive, and not worth waiting for;
 - goes through a partial index that holds only what it is after: a million parked runs cost it nothing;
 - puts back by enqueueing a continuation, which the queueing lock ``run:revision`` makes one job, and the revision
@@ -19,10 +20,12 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final
 
-from psycopg.rows import dict_row
+from psycopg import AsyncClientCursor
+from psycopg.rows import class_row, dict_row
 
-from durable.store.db import Connection, Store
-from durable.store.sql import Statements, statement
+from durable.store.connection import Connection
+from durable.store.db import Store
+from durable.store.query import Statements, statement
 from durable.values import Status
 
 # ---------------------------------------------------------------- pieces that several statements share
@@ -49,6 +52,17 @@ _DUE: Final = f"""
   r.wake_at <= (select {{schema}}.engine_now()) and r.status in ('pending', 'suspended', 'compensating')
   and r.claim_token is null and {_NO_JOB}
 """
+# A job in nobody's hands: the queue's heartbeat is asked only of those that no worker of ours accounts for.
+_LEFT: Final = """
+  not exists (select from {schema}.workers w where w.queue_worker_id = j.worker_id)
+  and not exists (select from {schema}.procrastinate_workers q
+                  where q.id = j.worker_id and q.last_heartbeat > now() - interval '30 s')
+"""
+# Doorbells that wait are the highest band of the queue's priorities, one short range of its index.
+_RUNG: Final = """
+  m.run_id in (select (j.args ->> 'run_id')::uuid from {schema}.procrastinate_jobs j
+               where j.status = 'todo' and j.priority > 1500000 and j.args ? 'run_id')
+"""
 # A worker died with a job of the run: evidence of a crash, which the takeover charges. Whoever put the run back before
 # it would run the step once more uncharged, and a step that kills its worker would go on doing so.
 _LEFT_TO_TAKEOVER: Final = f"""
@@ -69,6 +83,52 @@ _KNOWN: Final = f"""
 
 
 class SweepSql(Statements):
+    # A scalar in the order of an index, with a limit of one, is looked up in that index, whatever the planner believes
+    # of the table. `exists` would drop both, and may read a whole table that seems full of what there is none of. (That
+    # is why a queue's name is looked up as a range: of what is equal there is no order.)
+    look = statement(f"""
+-- what there is to do: nothing is locked, nothing is changed
+with page as materialized (
+  select r.id, r.claim_token is null and r.id <> all (array(
+      select (j.args ->> 'run_id')::uuid from {{schema}}.procrastinate_jobs j
+      where j.status = 'doing' and j.args ? 'run_id')) and (
+      select j.id from {{schema}}.procrastinate_jobs j
+      where j.status = 'todo' and j.queueing_lock = r.id || ':' || r.revision limit 1) is null as alone
+  from {{schema}}.runs r where {_RUNNABLE} and r.id > %(after)s order by r.id limit %(limit)s
+)
+select {{schema}}.engine_now() as now,
+  (select wake_at from {{schema}}.runs where wake_at > (select {{schema}}.engine_now())
+   order by wake_at limit 1) as next_wake,
+  (select r.wake_at from {{schema}}.runs r where {_DUE} order by r.wake_at limit 1) is not null as due,
+  exists (select from {{schema}}.workers where id <> all (array({_LIVE})))
+  or (select r.claim_worker from {{schema}}.runs r
+      where r.claim_worker is not null and not exists (select from {{schema}}.workers w where w.id = r.claim_worker)
+      order by r.claim_worker limit 1) is not null
+  or cardinality(array(select j.id from {{schema}}.procrastinate_jobs j where j.status = 'doing' and {_LEFT})) > 0
+  as crashed,
+  array(select id from {{schema}}.runs where claim_worker = %(worker)s and id <> all (%(executing)s::uuid[]))
+  as stray_claims,
+  array(select id from {{schema}}.procrastinate_jobs
+        where status = 'doing' and worker_id = %(queue_worker)s::bigint and id <> all (%(jobs)s::bigint[]))
+  as stray_jobs,
+  (select m.sent_at from {{schema}}.inbox m left join {{schema}}.runs r on r.id = m.run_id
+   where m.state = 'new' and m.sent_at < (select {{schema}}.engine_now()) - interval '1 s'
+     and (r.id is null or not {_HEARS} or not ({_RUNG}))
+   order by m.sent_at limit 1) is not null as unread,
+  array(select distinct run_id from {{schema}}.inbox where run_id = any (%(executing)s::uuid[]) and state = 'new')
+  as news,
+  (select r.id from {{schema}}.runs r where {_KNOWN} limit 1) is not null as known,
+  (select bool_or(alone) from page) is true as alone,
+  (select id from page order by id offset %(limit)s - 1) as last,
+  (select due from {{schema}}.deliveries
+   where queue = %(queue)s and kind = any (%(kinds)s::text[]) and due <= (select {{schema}}.engine_now())
+   order by due limit 1) is not null as deliveries,
+  (select id from {{schema}}.procrastinate_jobs
+   where status = 'todo' and queue_name between %(queue)s and %(queue)s
+     and (scheduled_at is null or scheduled_at <= now())
+   order by queue_name limit 1) is not null as waiting
+""")
+
     register = statement("""
 -- a new worker, whose row is seen only once its lock is held: it is never taken for dead
 with made as (
@@ -139,14 +199,12 @@ where r.claim_worker is not null
 order by r.id
 """)
 
-    doing_of = statement("""
--- jobs of the dead: the queue's heartbeat is asked only of those that no worker of ours accounts for
-select j.id, j.args ->> 'run_id' as run_id, j.task_name as task, j.args from {schema}.procrastinate_jobs j
+    doing_of = statement(f"""
+-- jobs of the dead, and those that nobody alive accounts for
+select j.id, j.args ->> 'run_id' as run_id, j.task_name as task, j.args from {{schema}}.procrastinate_jobs j
 where j.status = 'doing'
-  and (exists (select from {schema}.workers w where w.queue_worker_id = j.worker_id and w.id = any (%(ids)s))
-       or not exists (select from {schema}.workers w where w.queue_worker_id = j.worker_id)
-          and not exists (select from {schema}.procrastinate_workers q
-                          where q.id = j.worker_id and q.last_heartbeat > now() - interval '30 s'))
+  and (exists (select from {{schema}}.workers w where w.queue_worker_id = j.worker_id and w.id = any (%(ids)s))
+       or {_LEFT})
 order by j.id
 """)
 
@@ -177,13 +235,11 @@ select min(wake_at) from {schema}.runs where wake_at > (select {schema}.engine_n
 """)
 
     unread = statement(f"""
--- runs with a message that was late to be read, whose row is free; doorbells that wait are the highest band of the
--- queue's priorities, one short range of its index, read only if some message is late
+-- runs with a message that was late to be read, whose row is free; what rings is asked only if some message is late
 with late as materialized (
   select distinct m.run_id as id from {{schema}}.inbox m join {{schema}}.runs r on r.id = m.run_id
   where m.state = 'new' and m.sent_at < (select {{schema}}.engine_now()) - interval '1 s' and {_HEARS}
-    and m.run_id not in (select (j.args ->> 'run_id')::uuid from {{schema}}.procrastinate_jobs j
-                         where j.status = 'todo' and j.priority > 1500000 and j.args ? 'run_id')
+    and not ({_RUNG})
   limit 10 * %(limit)s
 )
 select r.id from {{schema}}.runs r where r.id in (select id from late) limit %(limit)s for update of r skip locked
@@ -351,6 +407,79 @@ class DeadJob:
     run_id: uuid.UUID | None
     task: str
     args: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """Who looks, and what is in its hands: a worker of `queue`.
+
+    - `id`, `queue_worker`: as the workers' table and the queue know it; `executing`, `jobs`: the runs that it executes
+      and the jobs that it has fetched, as it knows.
+    - `known`: the workflows and versions that it can execute; `kinds`: of deliveries, those that it has hooks for.
+    """
+
+    id: int
+    queue: str
+    queue_worker: int | None = None
+    executing: Collection[uuid.UUID] = ()
+    jobs: Collection[int] = ()
+    known: Collection[tuple[str, str]] = ()
+    kinds: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What there was to do at one look. An answer is a hint: whoever acts on it asks again, under locks.
+
+    - `now`: the engine's time then; `next_wake`: when the next run to come is due.
+    - `due`: some run is; `crashed`: some worker is dead, or some claim or job in nobody's hands.
+    - `stray_claims`, `stray_jobs`: stand in the watcher's name, and it does not know of them.
+    - `unread`: a message is late, and no doorbell waits; `news`: runs that the watcher executes have new messages.
+    - `known`: some run waits for a definition that the watcher has.
+    - `alone`: some runnable run of the page has no job; `last`: where the next page begins, None: the walk is through.
+    - `deliveries`: some are due; `waiting`: some job can be fetched from the watcher's queue.
+    """
+
+    now: datetime
+    next_wake: datetime | None
+    due: bool
+    crashed: bool
+    stray_claims: list[uuid.UUID]
+    stray_jobs: list[int]
+    unread: bool
+    news: list[uuid.UUID]
+    known: bool
+    alone: bool
+    last: uuid.UUID | None
+    deliveries: bool
+    waiting: bool
+
+
+async def look(
+    db: Store, connection: Connection, watcher: Watcher, after: uuid.UUID | None = None, limit: int = 1_000
+) -> Seen:
+    """All questions at once, and no answer but whether anything is there. `after`, `limit`: of the walk over runnable
+    runs, as `orphans` has them.
+
+    It is planned each time: a plan that was made while there were no runs and no jobs would go on reading both whole.
+    """
+    values = {
+        "worker": watcher.id,
+        "queue": watcher.queue,
+        "queue_worker": watcher.queue_worker,
+        "executing": list(watcher.executing),
+        "jobs": list(watcher.jobs),
+        "names": missing_names(watcher.known),
+        "kinds": list(watcher.kinds),
+        "after": after or FIRST,
+        "limit": limit,
+        "schema": db.schema,
+    }
+    async with AsyncClientCursor(connection, row_factory=class_row(Seen)) as cursor:
+        await cursor.execute(statements(db.schema).look, values)
+        seen = await cursor.fetchone()
+    assert seen is not None
+    return seen
 
 
 # ---------------------------------------------------------------- workers
@@ -579,7 +708,8 @@ def statements(schema: str) -> SweepSql:
 
 async def _rows(db: Store, connection: Connection, name: str, **values: Any) -> list[dict[str, Any]]:
     query: bytes = getattr(statements(db.schema), name)
-    async with connection.cursor(row_factory=dict_row) as cursor:
+    # Planned anew each time, with its values in place: which plan is good depends on what there is to do at the moment.
+    async with AsyncClientCursor(connection, row_factory=dict_row) as cursor:
         await cursor.execute(query, values | {"schema": db.schema})
         return await cursor.fetchall() if cursor.description else []
 
