@@ -103,9 +103,10 @@ def leave_to_the_sweep(stage: Stage, kinds: list[str]) -> dict[uuid.UUID, bool]:
     return runs
 
 
-VARIANTS: Final = tuple(itertools.product((None, 1), (0.0, 2.0), (1, 2)))
-"""Burst (the default, or one step a job), `detach_after`, surviving workers."""
-KILLS: Final = 56
+VARIANTS: Final = tuple(itertools.product((None, 1), (0.0, 2.0), (1, 2), (None, 1)))
+"""Burst (the default, or one step a job), `detach_after`, surviving workers, jobs fetched at once (as many as there is
+room for, or one)."""
+KILLS: Final = 64
 """Kills a cell, spread over the variants."""
 
 
@@ -113,16 +114,27 @@ KILLS: Final = 56
 @pytest.mark.parametrize("cell", sorted(REACHABLE), ids=_name)
 def test_matrix(nursery: Nursery, base: Base, template: Any, tmp_path: Path, cell: Cell, measured: Measured) -> None:
     began, count = time.monotonic(), 0
-    for number, (burst, wanted, survivors) in enumerate(VARIANTS):
+    for number, (burst, wanted, survivors, batch) in enumerate(VARIANTS):
         detach_after = wanted if reachable_with(cell, wanted) else 0.05
         folder = tmp_path / str(number)
         folder.mkdir()
         with (
             base.created(f"{template.template_dbname}_{cell[0]}_{number}", template.template_dbname) as dsn,
-            staged(nursery, dsn, folder, burst=burst, detach_after=detach_after) as stage,
+            staged(nursery, dsn, folder, burst=burst, detach_after=detach_after, fetch_batch=batch) as stage,
         ):
             count += storm_on(cell)(stage, cell, kills=KILLS // len(VARIANTS), survivors=survivors)
     measured(f"{_name(cell)}: {count} kills in {time.monotonic() - began:.0f} s")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_each_way_to_work(
+    nursery: Nursery, dsn: str, tmp_path: Path, variant: tuple[int | None, float, int, int | None]
+) -> None:
+    """Killed before and after the commit of a step, whatever the worker's options are."""
+    burst, detach_after, survivors, batch = variant
+    with staged(nursery, dsn, tmp_path, burst=burst, detach_after=detach_after, fetch_batch=batch) as stage:
+        for point in (Point.BEFORE_COMMIT, Point.AFTER_COMMIT):
+            storm(stage, (point, "step"), kills=1, survivors=survivors)
 
 
 def reachable_with(cell: Cell, detach_after: float) -> bool:

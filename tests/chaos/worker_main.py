@@ -44,6 +44,7 @@ class Settings:
     kill: tuple[str, str] | None = None
     nth: int = 1
     burst: int | None = None
+    fetch_batch: int | None = None
     detach_after: float = 0.05
     max_crashes: int = 5
     concurrency: int = 20
@@ -92,6 +93,7 @@ async def work(settings: Settings) -> None:
         concurrency=settings.concurrency,
         grace=settings.grace,
         burst_steps=settings.burst,
+        fetch_batch=settings.fetch_batch,
         watchdog=settings.patience is not None,
         at=Killer(settings),
     )

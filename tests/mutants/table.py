@@ -105,7 +105,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "no revision check at the write",
-        (Edit(SQL, "where id = %(run)s and revision = %(before)s", "where id = %(run)s"),),
+        (Edit(SQL, "where id = %(run)s and revision = %(before)s returning", "where id = %(run)s returning", times=2),),
         (f"{LAWS}::test_a_transition_from_another_revision_is_not_written",),
     ),
     Mutant(
@@ -134,21 +134,17 @@ MUTANTS: Final = (
         (
             Edit(
                 HOLD,
-                "            applied = await apply_and_commit(desk.store, self.connection, transition, inbox)\n",
-                """            silent = replace(transition, next=None)
-            applied = await apply_and_commit(desk.store, self.connection, silent, inbox)
-""",
+                "                transition,\n                inbox,\n",
+                "                replace(transition, next=None),\n                inbox,\n",
             ),
             Edit(
                 HOLD,
                 """        desk.written(transition)
-        desk.at(Point.AFTER_COMMIT, what)
-        return None
+        if transition.next is not None:
+            desk.fetch()
 """,
                 """        await desk.enqueue(transition)
         desk.written(transition)
-        desk.at(Point.AFTER_COMMIT, what)
-        return None
 """,
             ),
         ),
@@ -235,5 +231,21 @@ MUTANTS: Final = (
             ),
         ),
         ("tests/chaos/test_functions.py::test_a_body_that_blocks_ends_its_worker_and_then_its_run",),
+    ),
+    Mutant(
+        "a run ends over what came to its inbox during its last step",
+        (Edit("src/durable/engine/advance.py", "whole=transition.ends and not hold.lent", "whole=False"),),
+        ("tests/engine/test_interleavings.py::test_what_is_asked_during_the_last_step_is_not_overlooked",),
+    ),
+    Mutant(
+        "a job is finished by who had it before it was put back",
+        (
+            Edit(
+                "src/durable/worker/jobs.py",
+                " and (job.worker_id = performed.worker or job.worker_id is null)",
+                "",
+            ),
+        ),
+        ("tests/engine/test_batches.py::test_what_was_put_back_is_not_finished_by_who_had_it_before",),
     ),
 )

@@ -112,21 +112,23 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
         if (deferred := defer(hold.view, ended)) is not None:
             return hold.defer(deferred)
         transition = settle(hold.view, ended, engine.limits())
-        if not transition.ends:
-            return await write(hold, transition, budget)
-        if hold.lent and await hold.read_inbox():  # a pause or cancel during the last step is not overlooked,
+        if transition.ends and hold.lent and await hold.read_inbox():
             transition = settle(hold.view, ended, engine.limits())
-        budget.last = transition
-        return await hold.write(transition, whole=not hold.lent)  # nor, by a guard, where there is no write to be lost
+        return await write(hold, transition, budget)
     except engine.DATABASE_ERRORS as error:
         await hold.discard()
         return await claims.record_anew(engine, hold.view, flight, error)
 
 
 async def write(hold: Hold, transition: Transition, budget: Budget) -> Hold | None:
-    """Commit a transition, and lock the run again if this job goes on with it."""
+    """Commit a transition, and lock the run again if this job goes on with it.
+
+    A run does not end over a pause or cancel that came while its last step ran. If the step was lent the connection, the
+    inbox was read once more, for what the step wrote must not be lost; else the write is refused: InboxNews."""
     budget.last = transition
-    return await hold.write_and_lock(transition) if budget.allows(transition) else await hold.write(transition)
+    if budget.allows(transition):
+        return await hold.write_and_lock(transition)
+    return await hold.write(transition, whole=transition.ends and not hold.lent)
 
 
 class Budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import uuid
@@ -29,7 +30,7 @@ _logger = logging.getLogger("durable.step")
 
 
 class Flag(Protocol):
-    """A threading.Event, as far as it matters here."""
+    """A threading.Event, as far as it matters here: nobody waits for it."""
 
     def is_set(self) -> bool: ...
     def set(self) -> None: ...
@@ -79,13 +80,19 @@ class StepContext(Generic[Input]):
         self.step_id = call.step_id
         self.attempt = call.attempt
         self.iteration = call.iteration
-        self.idempotency_key = f"{view.run.id}:{call.step_id}"
         self.results: Mapping[str, Any] = Results(view.workflow, view.journal)
-        facts = {"run": str(view.run.id), "workflow": view.run.workflow, "step": call.step_id, "attempt": call.attempt}
-        self.logger: logging.LoggerAdapter[logging.Logger] = StepLogger(_logger, facts)
 
     def __repr__(self) -> str:
         return f"<StepContext of step {self.step_id!r}, run {self.run_id}, attempt {self.attempt}>"
+
+    @property
+    def idempotency_key(self) -> str:
+        return f"{self.run_id}:{self.step_id}"
+
+    @functools.cached_property
+    def logger(self) -> logging.LoggerAdapter[logging.Logger]:
+        facts = {"run": str(self.run_id), "workflow": self._view.run.workflow}
+        return StepLogger(_logger, facts | {"step": self.step_id, "attempt": self.attempt})
 
     @property
     def input(self) -> Input:

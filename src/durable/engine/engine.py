@@ -41,6 +41,8 @@ LOCK_TIMEOUT_MS: Final = 1_000
 """How long a job waits for a run's row."""
 REPORT_EVERY: Final = 0.5
 """Seconds between two looks at what executing steps say of themselves."""
+GATHERING: Final = 0.005
+"""Seconds for which a busy worker lets ended runs gather, to tell of them in one statement."""
 ALARM_HORIZON: Final = timedelta(seconds=5)
 """Timers that fall due sooner get an alarm in this process; the timer loop finds the others in the table."""
 KEPT_BODIES: Final = 500
@@ -238,6 +240,8 @@ class Engine(Desk):
         """Wake those who wait for a result, after the commit and outside of it: commits that notify are serialised."""
         while True:
             ids = {await self._ended.get()}
+            if self.executing > self.options.concurrency // 4:  # others will end in a moment
+                await asyncio.sleep(GATHERING)
             while not self._ended.empty():
                 ids.add(self._ended.get_nowait())
             async for _ in self.tries(limit=3):

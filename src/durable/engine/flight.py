@@ -11,7 +11,6 @@ The gate keeps two of them apart: whoever detaches and whoever lends never do so
 from __future__ import annotations
 
 import asyncio
-import threading
 import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,7 +51,7 @@ class Flight:
         self.said: dict[str, Any] = {}  # by `progress` and `heartbeat`
         self.started_at = hold.now if hold is not None else engine.now()
         self._interrupted_by: Literal["cancel", "shutdown"] | None = None
-        self._cancelled = threading.Event()
+        self._cancelled = Told()
         self._gate = asyncio.Lock()
         self.task = asyncio.create_task(self._fly(), name=f"{view.run.id} {call.step_id}")
 
@@ -157,6 +156,21 @@ class Flight:
             return Interrupted(self._interrupted_by)
         finally:
             engine.has_landed(self)
+
+
+class Told:
+    """Whether a handler was told to end: set on the loop, read in the handler's thread."""
+
+    __slots__ = ("_told",)
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def set(self) -> None:
+        self._told = True
+
+    def is_set(self) -> bool:
+        return self._told
 
 
 class ClaimLock:
