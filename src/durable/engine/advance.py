@@ -112,23 +112,22 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
         if (deferred := defer(hold.view, ended)) is not None:
             return hold.defer(deferred)
         transition = settle(hold.view, ended, engine.limits())
+        # A pause or cancel that came during the last step is not overlooked: the inbox is read again, if the step has
+        # written what must not be lost; if not, the end is refused should there be something new.
         if transition.ends and hold.lent and await hold.read_inbox():
             transition = settle(hold.view, ended, engine.limits())
-        return await write(hold, transition, budget)
+        return await write(hold, transition, budget, whole=transition.ends and not hold.lent)
     except engine.DATABASE_ERRORS as error:
         await hold.discard()
         return await claims.record_anew(engine, hold.view, flight, error)
 
 
-async def write(hold: Hold, transition: Transition, budget: Budget) -> Hold | None:
-    """Commit a transition, and lock the run again if this job goes on with it.
-
-    A run does not end over a pause or cancel that came while its last step ran. If the step was lent the connection, the
-    inbox was read once more, for what the step wrote must not be lost; else the write is refused: InboxNews."""
+async def write(hold: Hold, transition: Transition, budget: Budget, *, whole: bool = False) -> Hold | None:
+    """Commit a transition, and lock the run again if this job goes on with it. `whole`: see ``Hold.write``."""
     budget.last = transition
     if budget.allows(transition):
         return await hold.write_and_lock(transition)
-    return await hold.write(transition, whole=transition.ends and not hold.lent)
+    return await hold.write(transition, whole=whole)
 
 
 class Budget:
