@@ -30,7 +30,7 @@ _GOOD: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 _OUT_OF_DATE: Final = ("26000", "0A000")
 """There is no such prepared statement, or what it was prepared for has changed."""
 
-_AS_TEXT: Final = [PyFormat.TEXT] * 64
+_AS_TEXT: Final = [[PyFormat.TEXT] * count for count in range(64)]
 
 _numbers: Final = count(1)
 
@@ -65,8 +65,8 @@ class Flush:
         """Queue a statement with the values of its parameters. Raises psycopg.DataError for one that has no place in
         PostgreSQL; nothing has been sent then."""
         answer = Answer()
-        given = [values[name] for name in statement.names] if values is not None else ()
-        self._queued.append((statement, self._adapt.dump_sequence(given, _AS_TEXT[: len(given)]), answer))
+        given = statement.pick(values) if values is not None else ()
+        self._queued.append((statement, self._adapt.dump_sequence(given, _AS_TEXT[len(given)]), answer))
         return answer
 
     async def send(self) -> None:

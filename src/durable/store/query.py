@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Final
 
 _PARAMETER: Final = re.compile(rb"%\((\w+)\)s|%%")
 
@@ -16,6 +18,7 @@ class Statement(bytes):
 
     numbered: bytes
     names: tuple[str, ...]
+    pick: Callable[[Mapping[str, Any]], Sequence[Any]]  # their values, in that order
 
     @classmethod
     def of(cls, text: str) -> Statement:
@@ -28,7 +31,14 @@ class Statement(bytes):
 
         query.numbered = _PARAMETER.sub(number, query)
         query.names = tuple(name.decode() for name in names)
+        query.pick = _picker(query.names)
         return query
+
+
+def _picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda values: [values[name] for name in names]
 
 
 class statement:  # noqa: N801 - reads like a keyword
