@@ -12,7 +12,8 @@ from benchmarks.server import sibling
 
 SECONDS: Final = 10.0
 SETTLING: Final = 12.0
-"""Seconds after a worker's start in which it still does what it does once, and the server counts that: it does so late."""
+"""Seconds after a worker's start in which it still does what it does once, and the server counts that, which it does
+late."""
 
 
 async def commits_a_second(dsn: str, seconds: float = SECONDS) -> float:
