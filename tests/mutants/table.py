@@ -168,7 +168,15 @@ MUTANTS: Final = (
     ),
     Mutant(
         "entries written that were pruned before",
-        (Edit(MOVES, "    entries = tuple(entry for entry in entries if entry.step_id not in gone)", "    #"),),
+        (
+            Edit(
+                MOVES,
+                """    if gone:  # over before they were written
+        entries = tuple(entry for entry in entries if entry.step_id not in gone)
+""",
+                "",
+            ),
+        ),
         (
             f"{FUNCTIONS}::test_what_is_pruned_before_it_was_written_is_never_written",
             f"{FUNCTIONS}::test_a_loser_that_was_not_written_yet_never_is",
