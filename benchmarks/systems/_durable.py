@@ -22,6 +22,8 @@ from benchmarks.load import TEXT, Load
 from benchmarks.processes import Crew, crew, say, stdin_ended, told
 from durable import AsyncDurable, AsyncRun, Start
 from durable.define.registry import AnyWorkflow
+from durable.worker import Worker
+from durable.working import in_background, until_started
 
 IN_FLIGHT: Final = Load("", 1, 1).in_flight
 """With as many, everything has its default."""
@@ -36,7 +38,7 @@ RESTING: Final = 0.02
 SETTLED: Final = 4.0
 """Seconds that a worker has been there before another one is killed: it takes over from one that it has known."""
 
-DEFAULTS: Final = "default settings of AsyncDurable and of its worker, async handlers"
+DEFAULTS: Final = "default settings of AsyncDurable and of a worker as `durable worker` runs it, async handlers"
 
 # Partly the condition of an index, so that it stays cheap on a large table: runs that could go on now.
 _AT_WORK: Final = """
@@ -290,9 +292,17 @@ class Kind:
                 await stdin_ended()
 
 
-def worker(app: AsyncDurable, in_flight: int) -> AbstractAsyncContextManager[object]:
-    """A worker in the background of a block. As many in flight as is usual: its own default."""
-    return app.worker() if in_flight == IN_FLIGHT else app.worker(concurrency=in_flight)
+@asynccontextmanager
+async def worker(app: AsyncDurable, in_flight: int) -> AsyncIterator[None]:
+    """What ``durable worker`` runs, in the background of a block. As many in flight as is usual: its own default."""
+    hand = Worker(app, dedicated=True) if in_flight == IN_FLIGHT else Worker(app, concurrency=in_flight, dedicated=True)
+    working = in_background(hand)
+    try:
+        await until_started(hand, working)
+        yield
+    finally:
+        hand.stop()
+        await working
 
 
 def versions() -> dict[str, str]:

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def new_worker(app: AsyncDurable, handlers_app: object, concurrency: int, *, watchdog: bool = False) -> Worker:
+def new_worker(app: AsyncDurable, handlers_app: object, concurrency: int, *, dedicated: bool = False) -> Worker:
     """A worker for the queue of `app`; `handlers_app` is what handlers see as ``ctx.app``."""
     from durable.worker import Worker  # late: most apps never work themselves, and need no procrastinate
 
-    return Worker(app, concurrency=concurrency, handlers_app=handlers_app, watchdog=watchdog)
+    return Worker(app, concurrency=concurrency, handlers_app=handlers_app, dedicated=dedicated)
 
 
 async def work(app: AsyncDurable, handlers_app: object, concurrency: int, until_idle: bool) -> None:
     """Work until a signal comes, or until there is nothing to do."""
-    worker = new_worker(app, handlers_app, concurrency, watchdog=True)
+    worker = new_worker(app, handlers_app, concurrency, dedicated=True)
     with _stopped_by_signals(worker):
         await worker.run(until_idle=until_idle)
 

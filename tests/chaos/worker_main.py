@@ -94,7 +94,7 @@ async def work(settings: Settings) -> None:
         grace=settings.grace,
         burst_steps=settings.burst,
         fetch_batch=settings.fetch_batch,
-        watchdog=settings.patience is not None,
+        dedicated=settings.patience is not None,
         at=Killer(settings),
     )
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)

@@ -82,7 +82,7 @@ async def worker(
         from durable.worker import Worker  # late: who only starts other processes needs no queue
 
         hand = Worker(
-            found, concurrency=concurrency, grace=patience.total_seconds(), watchdog=True, handlers_app=as_it_is
+            found, concurrency=concurrency, grace=patience.total_seconds(), dedicated=True, handlers_app=as_it_is
         )
         with _ended_by_signals(hand.stop), _ended_with_parent(hand.stop, lifeline):
             log.info("process %d works on queue %r, %d steps at once", os.getpid(), found.queue, concurrency)

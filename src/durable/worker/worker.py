@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +16,7 @@ from durable.engine.loops import Loops
 from durable.engine.points import Hook, nothing
 from durable.errors import ConfigurationError
 from durable.store import sweep as queries
+from durable.worker.garbage import rarely_collected
 from durable.worker.jobs import LastingJobManager
 from durable.worker.serving import LastingWorker
 from durable.worker.session import Session, open_session
@@ -37,7 +38,7 @@ class Worker:
 
     - `concurrency`: handlers in flight at once, detached ones included.
     - `grace`: seconds that `stop` gives to steps in progress before they are interrupted and handed back.
-    - `watchdog`: end the process when its event loop is stuck; for a process that does nothing else.
+    - `dedicated`: this process does nothing else. It ends when its event loop is stuck, and collects garbage rarely.
     - `fetch_batch`: jobs that are fetched at once, at most. Default: one for each free slot.
     """
 
@@ -47,7 +48,7 @@ class Worker:
         *,
         concurrency: int = 20,
         grace: float = GRACE,
-        watchdog: bool = False,
+        dedicated: bool = False,
         handlers_app: object | None = None,
         burst_steps: int | None = None,
         fetch_batch: int | None = None,
@@ -57,7 +58,7 @@ class Worker:
             raise ConfigurationError(f"concurrency is {concurrency}: a worker needs at least 1")
         if fetch_batch is not None and fetch_batch < 1:
             raise ConfigurationError(f"fetch_batch is {fetch_batch}: a worker fetches at least 1 job at a time")
-        self._app, self._grace, self._watchdog, self._at = app, grace, watchdog, at
+        self._app, self._grace, self._dedicated, self._at = app, grace, dedicated, at
         self._handlers_app = handlers_app if handlers_app is not None else app
         self._options = replace(app.options, concurrency=concurrency)
         if burst_steps is not None:
@@ -90,7 +91,7 @@ class Worker:
                 "no workflow is registered: a worker would have nothing to do. Register them with "
                 "app.register(...), workflows= or imports=, or `durable worker --import MODULE`"
             )
-        dog = Watchdog(asyncio.get_running_loop()) if self._watchdog else None
+        dog = Watchdog(asyncio.get_running_loop()) if self._dedicated else None
         async with open_session(self._app, self._options, handlers_app=self._handlers_app, at=self._at) as session:
             loops = Loops(session.engine, session.liveness, lambda: self._jobs(session))
             loops.start()
@@ -100,7 +101,8 @@ class Worker:
                 dog.start()
             self.started.set()
             try:
-                await (self._until_idle(session) if until_idle else self._until_stopped(session))
+                with rarely_collected() if self._dedicated else nullcontext():
+                    await (self._until_idle(session) if until_idle else self._until_stopped(session))
             finally:
                 await loops.stop()
                 if dog is not None:
