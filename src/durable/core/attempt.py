@@ -21,7 +21,9 @@ class Waits:
 def attempt(view: View, now: datetime, limits: Limits, call: Call) -> Call | Transition | Waits | Failure:
     """`call` as it can be made now; or the transition that takes up what resume() brought; or the wait that it is in;
     or the failure of a step whose worker died too often."""
-    begun = view.run.frame.get(call.step_id, NOT_BEGUN)
+    begun = view.run.frame.get(call.step_id)
+    if begun is None:  # most work ends at its first attempt
+        return _ready(view, call, NOT_BEGUN)
     if begun.crashes and (call.work.at_most_once or begun.crashes >= limits.max_crashes):
         return _interrupted(call, begun)
     if begun.waits is WaitingFor.RESUME:

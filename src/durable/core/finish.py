@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from durable.core.moves import move, without
 from durable.core.state import Ending, Entry, EntryKind, Failure, MessageKind, Run, View
@@ -16,34 +16,33 @@ from durable.values import JsonText, Status
 
 
 def node_done(
-    view: View, now: datetime, node: Node, value: JsonText, *, entries: Sequence[Entry] = (), **write: Any
+    view: View, now: datetime, node: Node, value: JsonText, *, entries: tuple[Entry, ...] = (), **write: Any
 ) -> Transition:
     """The node under the cursor is done: journal it, move the cursor; after the last node the run completes."""
     run = view.run
-    begun = run.frame.get(node.name)
-    if all(entry.step_id != node.name for entry in entries):
+    if not entries or entries[-1].step_id != node.name:  # its own comes last
+        begun = run.frame.get(node.name)
         since = begun.since if begun else None
-        entries = (
-            *entries,
-            Entry(node.name, EntryKind(node.kind), "completed", value, started_at=since or now, finished_at=now),
-        )
+        own = Entry(node.name, EntryKind(node.kind), "completed", value, started_at=since or now, finished_at=now)
+        entries = (*entries, own)
     write = {  # what the caller says wins
-        "entries": tuple(entries),
+        "entries": entries,
         "current_step": run.current_step + 1,
-        "frame": without(run, node.name, *(entry.step_id for entry in entries)),
+        "frame": without(run, *[entry.step_id for entry in entries]),
         "claim": None,
         **write,
     }
     if _is_last(view) and not asked(view):
-        passed = view.ahead(run, {**view.journal, **{entry.step_id: entry for entry in entries}})
-        return complete(passed, now, **write)
+        return complete(view, now, **write)
     return move(view, now, Status.RUNNING, **write)
 
 
-def complete(view: View, now: datetime, **write: Any) -> Transition:
-    """All nodes are done and there is nothing left to compute."""
-    answer = _answer(view, Status.COMPLETED, result=result_text(view))
-    return move(view, now, Status.COMPLETED, **_sending(write, answer))
+def complete(view: View, now: datetime, *, entries: tuple[Entry, ...] = (), **write: Any) -> Transition:
+    """All nodes are done and there is nothing left to compute. `entries` are the last ones."""
+    if view.run.parent_id is not None:  # who else wants the result reads it from the journal
+        passed = view.ahead(view.run, {**view.journal, **{entry.step_id: entry for entry in entries}})
+        write = _sending(write, _answer(view, Status.COMPLETED, result=result_text(passed)))
+    return move(view, now, Status.COMPLETED, entries=entries, **write)
 
 
 def fail(view: View, now: datetime, failure: Failure, **write: Any) -> Transition:
@@ -83,7 +82,7 @@ def result_text(view: View) -> JsonText:
 
 def object_text(values: dict[str, JsonText]) -> JsonText:
     """A JSON object put together from texts that are not parsed."""
-    return "{" + ",".join(f"{json.dumps(key, ensure_ascii=False)}:{text}" for key, text in values.items()) + "}"
+    return "{" + ",".join([f"{_quoted(key)}:{text}" for key, text in values.items()]) + "}"
 
 
 def failure_json(failure: Failure | None) -> dict[str, Any] | None:
@@ -125,6 +124,9 @@ def answer_text(run: Run, status: Status, result: JsonText, error: Failure | Non
 def _cancel(child: Any, reason: str, *, compensate: bool) -> Outgoing:
     body = json.dumps({"reason": reason, "compensate": compensate})
     return Outgoing(child, MessageKind.CANCEL, None, body)
+
+
+_quoted: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _sending(write: dict[str, Any], more: Sequence[Outgoing]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from durable.core.finish import fail
 from durable.core.moves import NOT_BEGUN, move, without
-from durable.core.state import Entry, EntryKind, Failure, View
+from durable.core.state import Entry, EntryKind, EntryStatus, Failure, View
 from durable.core.transition import Call, Purpose, Transition
 from durable.define.nodes import Loop, Node, Parallel
-from durable.values import Status
+from durable.values import JsonText, Status
 
 _KINDS = {
     Purpose.STEP: EntryKind.STEP,
@@ -77,20 +77,32 @@ def loop_limit_reached(view: View, now: datetime, node: Loop) -> Transition:
 
 
 def entry_of(
-    view: View, call: Call, now: datetime, status: Any, *, started_at: datetime | None = None, **fields: Any
+    view: View,
+    call: Call,
+    now: datetime,
+    status: EntryStatus,
+    *,
+    started_at: datetime | None = None,
+    result: JsonText | None = None,
+    error: Failure | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Entry:
     """The journal entry of the work of `call`."""
     begun = view.run.frame.get(call.step_id, NOT_BEGUN)
-    if call.kind is not None:  # of a function
-        kind, fields = call.kind, {"parent": call.parent, "extra": call.extra, **fields}
-    else:
-        node = current_node(view)
-        own = node is not None and call.step_id == node.name  # also of a wait whose name or time is computed
-        kind = EntryKind(node.kind) if node is not None and own else _KINDS[call.purpose]
-        if node is not None and not own and call.purpose in _NESTED:
-            fields["parent"] = node.name
     since = started_at or begun.since or now
-    return Entry(call.step_id, kind, status, attempt=begun.attempts + 1, started_at=since, finished_at=now, **fields)
+    kind, parent = (call.kind, call.parent) if call.kind is not None else _place(view, call)  # of a function, or not
+    return Entry(call.step_id, kind, status, result, error, begun.attempts + 1, since, now, parent, extra or call.extra)
+
+
+def _place(view: View, call: Call) -> tuple[EntryKind, str | None]:
+    """What a builder's call is an entry of, and within which node."""
+    kind = _KINDS[call.purpose]
+    node = current_node(view) if call.purpose in _NESTED else None
+    if node is None:
+        return kind, None
+    if call.step_id == node.name:  # a wait whose name or time is computed
+        return EntryKind(node.kind), None
+    return kind, node.name
 
 
 def current_node(view: View) -> Node | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from durable.core.state import Entry
 from durable.define.nodes import Workflow
@@ -17,20 +17,15 @@ class Journal(dict[str, Entry]):
     deleted, it is compared anew.
     """
 
-    __slots__ = ("agrees_with",)
-
-    def __init__(
-        self, entries: Mapping[str, Entry] | Iterable[tuple[str, Entry]] = (), agrees_with: Workflow | None = None
-    ) -> None:
-        super().__init__(entries)
-        self.agrees_with = agrees_with
+    agrees_with: Workflow | None = None
 
     def after(self, written: Iterable[Entry], gone: Collection[str] = ()) -> Journal:
         """The journal once these entries stand in it, and those step ids are deleted."""
         if gone:
             journal = Journal((key, entry) for key, entry in self.items() if key not in gone)
         else:
-            journal = Journal(self, self.agrees_with)
+            journal = Journal(self)
+            journal.agrees_with = self.agrees_with
         for entry in written:
             journal.pop(entry.step_id, None)  # of a suspended step: it is written anew, behind all others
             journal[entry.step_id] = entry

@@ -9,28 +9,48 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from durable.core.state import REQUESTS, Begun, Entry, EntryKind, MessageKind, Run, View
-from durable.core.transition import Next, Transition
-from durable.values import ENDED, Status, WaitingFor
+from durable.core.transition import ChildStart, Event, FailedAttempt, Next, Outgoing, Successor, Transition
+from durable.values import ENDED, JsonText, Status, WaitingFor
+
+if TYPE_CHECKING:
+    from durable.core.functions.body import Body
 
 NOT_BEGUN = Begun()
 
 
-def move(view: View, now: datetime, status: Status, *, wake: bool = False, **write: Any) -> Transition:
-    """The transition to `status`. Keywords are fields of Transition (what to write beside the run row) or of Run.
+def move(
+    view: View,
+    now: datetime,
+    status: Status,
+    *,
+    entries: tuple[Entry, ...] = (),
+    attempts: tuple[FailedAttempt, ...] = (),
+    events: tuple[Event, ...] = (),
+    taken: Mapping[int, str | None] | None = None,
+    outgoing: tuple[Outgoing, ...] = (),
+    children: tuple[ChildStart, ...] = (),
+    replies: Mapping[int, JsonText] | None = None,
+    successor: Successor | None = None,
+    prune: tuple[str, ...] = (),
+    forget: tuple[str, ...] = (),
+    wake: bool = False,
+    **fields: Any,
+) -> Transition:
+    """The transition to `status`: what to write beside the run row, and the `fields` of that which change.
 
     `wake`: although the run is parked, its wait is to be looked at anew. It is due now, beside its continuation: should
     that get lost, the timers put it back.
     """
     before = view.run
-    write = _with_body(view, write)
-    beside = {name: write.pop(name) for name in tuple(write) if name in _BESIDE}
-    run: dict[str, Any] = {**_UNPARKED, **write, "status": status, "revision": before.revision + 1}
+    if view.body is not None:
+        entries, prune = _with_body(before, view.body, entries, prune, fields)
+    run: dict[str, Any] = {**_UNPARKED, **fields, "status": status, "revision": before.revision + 1}
     if status in _HEALTHY and not before.pausing:
         run.setdefault("error", None)
-    if (successor := beside.get("successor")) is not None:
+    if successor is not None:
         run["successor"] = successor.id
     if status in ENDED:
         run |= {**_UNPARKED, "finished_at": now, "frame": {}, "claim": None, "pausing": False}
@@ -40,33 +60,34 @@ def move(view: View, now: datetime, status: Status, *, wake: bool = False, **wri
     wake = wake or (status is Status.SUSPENDED and (after.pausing or (after.ending is not None and not after.cleanup)))
     if wake and _may_wake(after):
         after = after.changed(wake_at=now)
-    asked = _asks_more(view, after, beside.get("taken") or {})
-    return Transition(before, after, next=_next(after, wake=wake, asked=asked), **beside)
+    asked = bool(view.inbox) and _asks_more(view, after, taken or {})
+    next_ = _next(after, wake=wake, asked=asked)
+    return Transition(
+        before, after, entries, attempts, events, taken, outgoing, children, replies, successor, prune, next_, forget
+    )
 
 
-def _with_body(view: View, write: dict[str, Any]) -> dict[str, Any]:
-    """What is written of a function run beside what was decided: entries that were deferred, or follow from others."""
-    body = view.body
-    if body is None:
-        return write
-    run, unwritten = view.run, body.unwritten
-    gone = {*write.get("prune", ()), *body.pruning}
-    entries = (*body.deferred.values(), *write.get("entries", ()), *unwritten.values())
+def _with_body(
+    run: Run, body: Body, entries: tuple[Entry, ...], prune: tuple[str, ...], fields: dict[str, Any]
+) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """What is written, and pruned, of a function run beside what was decided: entries that were deferred, or follow
+    from others. What that makes of the run's own `fields` is added to them."""
+    unwritten = body.unwritten
+    gone = {*prune, *body.pruning}
+    entries = (*body.deferred.values(), *entries, *unwritten.values())
     if gone:  # over before they were written
         entries = tuple(entry for entry in entries if entry.step_id not in gone)
+        prune = tuple(sorted(gone))
     if len(entries) > 1:  # the run's own comes last
         entries = tuple(sorted(entries, key=lambda entry: entry.kind is EntryKind.RESULT))
-    write = {**write, "entries": entries}
-    if gone:
-        write["prune"] = tuple(sorted(gone))
-    frame = write.get("frame", run.frame)
-    if ended := unwritten.keys() & frame.keys():  # blocks that were retried, and are over
-        write["frame"] = {step_id: begun for step_id, begun in frame.items() if step_id not in ended}
+    frame = fields.get("frame", run.frame)
+    if frame and (ended := unwritten.keys() & frame.keys()):  # blocks that were retried, and are over
+        fields["frame"] = {step_id: begun for step_id, begun in frame.items() if step_id not in ended}
     if passed := sum(map(_is_passed, entries)):
-        write["current_step"] = run.current_step + passed
+        fields["current_step"] = run.current_step + passed
     if run.started_at is None and body.workflow.cleans_up:
-        write["cleanup"] = True
-    return write
+        fields["cleanup"] = True
+    return entries, prune
 
 
 def _is_passed(entry: Entry) -> bool:
@@ -134,8 +155,6 @@ def _may_wake(after: Run) -> bool:
 
 def _asks_more(view: View, after: Run, taken: Collection[int]) -> bool:
     """Whether the inbox holds a request, beside those taken now, that may still act on the run."""
-    if not view.inbox:
-        return False
     act = frozenset({MessageKind.ROLLBACK}) if after.status is Status.COMPLETED else REQUESTS
     may_act = not after.status.ended or after.status is Status.COMPLETED
     return may_act and any(m.kind in act and m.seq not in taken for m in view.inbox)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, assert_never
 
@@ -11,6 +11,7 @@ from durable.core import undo
 from durable.core.attempt import signal
 from durable.core.charge import charge
 from durable.core.finish import asked, complete, node_done
+from durable.core.frozen import value
 from durable.core.functions.plan import with_body
 from durable.core.give_up import current_node, entry_of, step_failed
 from durable.core.loops import iterations, loop_result
@@ -36,7 +37,7 @@ from durable.define.nodes import ChildWorkflow, Loop, Parallel, Route, Sleep, Wa
 from durable.values import Status, WaitingFor
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Ended:
     """A call that has ended: what settle looks at beside the view."""
 
@@ -127,8 +128,7 @@ def _succeeded(view: View, ended: Ended, value: str, limits: Limits) -> Transiti
             if asked(view):  # it completes when that has been done
                 frame = without(view.run, entry.step_id)
                 return move(view, now, Status.RUNNING, entries=(entry,), frame=frame, claim=None)
-            passed = view.ahead(view.run, {**view.journal, entry.step_id: entry})
-            return complete(passed, now, entries=(entry,))
+            return complete(view, now, entries=(entry,))
         case Purpose.UNDO:
             return undo.undone(view, now, _target(view, call), started_at=ended.started_at)
         case Purpose.ITERATION:

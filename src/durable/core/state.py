@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from durable.core.frozen import value
 from durable.define.nodes import Workflow
 from durable.define.registry import Registry
 from durable.values import JsonText, Status, WaitingFor
@@ -49,7 +51,7 @@ class EntryKind(StrEnum):
 EntryStatus: TypeAlias = Literal["completed", "failed", "suspended"]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Entry:
     """One journal row: a (sub-)node that finished, or one that returned ``Suspend`` (status ``suspended``).
 
@@ -68,6 +70,22 @@ class Entry:
     parent: str | None = None  # the step id of the enclosing node
     extra: Mapping[str, Any] | None = None
     seq: int = 0
+
+    def placed(self, seq: int) -> Entry:
+        """The same as it stands in the journal, once it has been written."""
+        return Entry(
+            self.step_id,
+            self.kind,
+            self.status,
+            self.result,
+            self.error,
+            self.attempt,
+            self.started_at,
+            self.finished_at,
+            self.parent,
+            self.extra,
+            seq,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,17 +208,22 @@ class Run:
     started_at: datetime | None = None
     finished_at: datetime | None = None
 
+    @cached_property
+    def id_text(self) -> str:
+        """The id as text, which is asked for at each step."""
+        return str(self.id)
+
     def changed(self, **fields: Any) -> Run:
         """This run with other values in `fields`: ``dataclasses.replace``, which sets each field by itself, at a
         fraction of the cost. Raises TypeError for what is no field."""
         if not fields.keys() <= Run.__dataclass_fields__.keys():
             raise TypeError(f"no fields of a run: {', '.join(fields.keys() - Run.__dataclass_fields__.keys())}")
         other = object.__new__(Run)
-        vars(other).update(vars(self), **fields)
+        object.__setattr__(other, "__dict__", vars(self) | fields)
         return other
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class View:
     """All that a decision may depend on."""
 

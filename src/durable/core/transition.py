@@ -13,6 +13,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias
 
+from durable.core.frozen import value
 from durable.core.state import Entry, EntryKind, Failure, MessageKind, Run
 from durable.define.nodes import Loop, Work
 from durable.define.payload import ANY, Schema
@@ -30,7 +31,7 @@ class Purpose(StrEnum):
     UNDO = "undo"  # a compensator
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Call:
     """User code to run: `work.handler` with a context made of these facts and the view.
 
@@ -75,7 +76,7 @@ class Fanout:
     calls: tuple[Call, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Succeeded:
     """The handler returned; its value is storable and stands here as JSON text."""
 
@@ -198,7 +199,7 @@ class Next(StrEnum):
         return cls.COMPENSATE if status is Status.COMPENSATING else cls.ADVANCE
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Transition:
     """What is to be written, all of it in one transaction, guarded by ``before.revision``.
 
@@ -235,7 +236,7 @@ Decision: TypeAlias = Transition | Call | Fanout | None
 """What planning answers; None: there is nothing to do now."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Limits:
     """What the engine, not the workflow, allows. `chance` is a fresh random number in [0, 1) for the jitter.
 

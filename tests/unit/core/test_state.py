@@ -1,15 +1,15 @@
-"""Runs, changed."""
+"""Runs, changed; entries, written."""
 
 from __future__ import annotations
 
 import uuid
 from dataclasses import FrozenInstanceError, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from durable.core.state import Run
+from durable.core.state import Entry, EntryKind, Failure, Run
 from durable.values import Status, WaitingFor
 
 RUN = Run(uuid.UUID(int=1), "w", "1", Status.PENDING, 0, 0, "null", "default", datetime(2026, 1, 1, tzinfo=UTC))
@@ -30,3 +30,13 @@ def test_only_fields_can_be_changed() -> None:
         RUN.changed(colour="red")
     with pytest.raises(FrozenInstanceError):
         RUN.changed(revision=1).revision = 2  # type: ignore[misc]
+
+
+def test_a_written_entry_is_the_same_but_for_its_place() -> None:
+    at = RUN.created_at
+    entry = Entry(
+        "a", EntryKind.STEP, "failed", "1", Failure("E", "no"), 2, at, at + timedelta(1), "up", {"undo": True}
+    )
+    assert entry.placed(7) == replace(entry, seq=7)
+    assert None not in [getattr(entry, field.name) for field in fields(entry)], "each field is told from its default"
+    assert entry.seq == 0, "the entry itself is as it was"

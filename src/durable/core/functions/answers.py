@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
+from durable.core.frozen import value
 from durable.core.state import Failure
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Returned:
     """It returned this; or is to be sent it."""
 
     value: Any
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Raised:
     """It raised this; or this is to be raised in it."""
 

@@ -13,10 +13,10 @@ import contextvars
 import inspect
 import sysconfig
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from durable.core.frozen import value
 from durable.core.functions.answers import Answer, Diverged, Guarding, Raised, Returned, Stuck, Unguarded
 from durable.core.functions.commands import Operation
 from durable.core.functions.scope import Scope
@@ -42,7 +42,7 @@ Start: TypeAlias = "Callable[[Context], Any]"
 """What a coroutine is made by: the workflow's function, that of a block, a branch, an iteration."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Frontier:
     """How far the journal takes a body: to its end, or to operations that nothing answers yet."""
 

@@ -35,12 +35,8 @@ class Operation(Generic[T]):
     on_cancel: bool = False
 
     def __init__(self, scope: Scope, key: str) -> None:
-        self.scope, self.key = scope, key
+        self.scope, self.key, self.body = scope, key, scope.body
         scope.opened(self)
-
-    @property
-    def body(self) -> Body:
-        return self.scope.body
 
     @property
     def parent(self) -> str | None:

@@ -144,7 +144,8 @@ class Context:
         self, fn: Any, args: tuple[Any, ...], name: str | None, options: Mapping[str, Any], **how: Any
     ) -> StepCommand[Any]:
         scope = self._scope
-        key = scope.key(default_name(fn) if callable(fn) else None, name, what="a step")
+        default = default_name(fn) if name is None and callable(fn) else None
+        key = scope.key(default, name, what="a step")
         where = f"{scope.place}, step {key!r}"
         try:
             work = step_work(fn, args, make_options(where=where, **options), where)

@@ -224,6 +224,11 @@ class Planning:
             key, Purpose.STEP, leaf.work, kind=EntryKind.STEP, parent=leaf.parent, extra=extra, ephemeral=leaf.ephemeral
         )
         match attempt(self._view, self._now, self._limits, call):
+            case Call() as ready:
+                asked = self._before.ending
+                if asked is not None and self._canceling:
+                    ready = replace(ready, deadline=asked.until)
+                self._calls.append(ready)
             case Transition() as taken_up:
                 self._taken |= taken_up.taken or {}
                 self._frame(taken_up.after.frame)
@@ -233,11 +238,6 @@ class Planning:
             case Failure() as failure:
                 self._end(entry_of(self._view, call, self._now, "failed", error=failure))
                 return True
-            case Call() as ready:
-                asked = self._before.ending
-                if asked is not None and self._canceling:
-                    ready = replace(ready, deadline=asked.until)
-                self._calls.append(ready)
         return False
 
     def _child(self, leaf: Operation[Any], key: str, given: Any) -> bool:
@@ -429,10 +429,8 @@ class Planning:
             where = error.at(f"the result of workflow {self._before.workflow!r}")
             return self._made(ending.failed(self._view, self._now, where, **self._writes()))
         entry = Entry("run:result", EntryKind.RESULT, "completed", text, finished_at=self._now)
-        passed = self._view.ahead(self._view.run, {**self._view.journal, entry.step_id: entry})
-        writes = self._writes()
-        writes["entries"] = (*writes.get("entries", ()), entry)
-        return self._made(complete(passed, self._now, claim=None, **writes))
+        self._entries.append(entry)
+        return self._made(complete(self._view, self._now, claim=None, **self._writes()))
 
     def _diverged(self, difference: Failure) -> Transition | None:
         """Journal and code disagree: the run is parked for a person, with nothing written of what was tried."""
