@@ -16,7 +16,10 @@ from benchmarks.results import Results
 FLOOR: Final = (7_600.0, 9_300.0)
 """Transactions a second."""
 TOLERANCE: Final = 0.8
-ABOUT: Final = "Relative: 1 is as good as there, less is worse, after the floors of both machines were made equal."
+ABOUT: Final = (
+    "Relative: 1 is as good as the worst value that was measured there, less is worse, after the floors of both "
+    "machines were made equal."
+)
 
 MEASURED: Final[dict[tuple[str, str], tuple[float, float]]] = {
     ("dbos", "one_step"): (172, 222),
@@ -43,7 +46,7 @@ EXPLAINED: Final[dict[tuple[str, str], str]] = {}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A value of here beside that of elsewhere. `relative`: 1 is as good, after scaling; less is worse."""
+    """A value of here beside the worst of elsewhere. `relative`: 1 is as good, after scaling; less is worse."""
 
     system: str
     case: str
@@ -70,7 +73,8 @@ def comparisons(results: Results) -> list[Comparison]:
     for (system, case), (low, high) in MEASURED.items():
         here = results.value(case, system)
         if here is not None:
-            found.append(Comparison(system, case, here, relative(case, here, (low + high) / 2, floor)))
+            worst = low if CASES[case].higher else high
+            found.append(Comparison(system, case, here, relative(case, here, worst, floor)))
     return found
 
 
