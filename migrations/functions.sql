@@ -24,23 +24,27 @@ $$;
 -- only under the run's row lock. `durable.ring` is a doorbell: it says "look into the inbox". Only a ring with a delay
 -- (the row was busy) collapses with others, for its message lies in the inbox already.
 -- Doorbells go before continuations, these before new runs; p_priority is the user's, and orders within each band.
--- A worker that takes the job up itself is p_quiet: commits that notify wait for each other.
+-- A worker that takes the job up itself is p_quiet: commits that notify wait for each other. p_worker (procrastinate's
+-- id of it) is one that begins with the commit: for it the job is as if fetched, and nobody else sees it. Answers the
+-- job's id, null if another one waits already.
 create function enqueue(
   p_task text, p_run uuid, p_revision bigint, p_queue text, p_priority int, p_delay interval default null,
-  p_quiet boolean default false
-) returns void
+  p_quiet boolean default false, p_worker bigint default null
+) returns bigint
 language plpgsql volatile
 set search_path = {schema}, pg_temp
 as $$
 declare
   v_ring constant boolean := p_task = 'durable.ring';
+  v_job bigint;
 begin
   if p_task not in ('durable.advance', 'durable.compensate', 'durable.ring') or v_ring <> (p_revision is null) then
     raise exception 'no job % for revision %', p_task, coalesce(p_revision::text, 'null')
       using errcode = 'invalid_parameter_value';
   end if;
-  insert into procrastinate_jobs (queue_name, task_name, priority, queueing_lock, args, scheduled_at)
-  values (
+  insert into procrastinate_jobs (
+    queue_name, task_name, priority, queueing_lock, args, scheduled_at, status, worker_id
+  ) values (
     p_queue,
     p_task,
     greatest(-499999, least(499999, p_priority))
@@ -48,12 +52,16 @@ begin
     case when not v_ring then p_run || ':' || p_revision when p_delay is not null then 'ring:' || p_run end,
     case when v_ring then jsonb_build_object('run_id', p_run)
       else jsonb_build_object('run_id', p_run, 'revision', p_revision) end,
-    clock_timestamp() + p_delay  -- the queue's time is the server's
+    clock_timestamp() + p_delay,  -- the queue's time is the server's
+    case when p_worker is null then 'todo' else 'doing' end::procrastinate_job_status,
+    p_worker
   )
-  on conflict (queueing_lock) where status = 'todo' do nothing;
-  if found and not p_quiet and (p_delay is null or p_delay <= interval '0') then
+  on conflict (queueing_lock) where status = 'todo' do nothing
+  returning id into v_job;
+  if found and p_worker is null and not p_quiet and (p_delay is null or p_delay <= interval '0') then
     perform wake_workers(p_queue);
   end if;
+  return v_job;
 end
 $$;
 
@@ -110,14 +118,15 @@ $$;
 -- A used id, or key of this workflow, returns the run that has it: a used key the end of its chain, of which the first
 -- run was asked for. Two statements: after `on conflict do nothing` had to wait for a rival, only a new statement sees
 -- what the rival committed. A child inherits its root, a successor the chain of its predecessor.
--- p_input_hash says whether inputs are the same; a caller that has none passes ''.
+-- p_input_hash says whether inputs are the same; a caller that has none passes ''. p_worker begins with the run itself,
+-- if it is a new one without a delay: see enqueue; `job` is what it has in hand then.
 create function start_run(
   p_id uuid, p_workflow text, p_version text, p_input json, p_input_hash text, p_queue text,
   p_key text default null, p_tags jsonb default '{}', p_priority int default 0,
   p_delay interval default null, p_timeout interval default null,
   p_parent uuid default null, p_parent_step text default null, p_root uuid default null,
-  p_deadline timestamptz default null, p_predecessor uuid default null
-) returns table (id uuid, created boolean, same boolean)
+  p_deadline timestamptz default null, p_predecessor uuid default null, p_worker bigint default null
+) returns table (id uuid, created boolean, same boolean, job bigint)
 language plpgsql volatile
 set search_path = {schema}, pg_temp
 as $$
@@ -125,6 +134,7 @@ as $$
 declare
   v_now constant timestamptz := engine_now();
   v_delay constant interval := case when p_delay > interval '0' then p_delay end;
+  v_job bigint;
 begin
   loop
     insert into runs (
@@ -142,15 +152,16 @@ begin
     on conflict do nothing;
     if found then
       if v_delay is null then
-        perform enqueue('durable.advance', p_id, 0, p_queue, p_priority);
+        v_job := enqueue('durable.advance', p_id, 0, p_queue, p_priority, p_worker => p_worker);
       end if;
-      return query select p_id, true, true;
+      return query select p_id, true, true, case when p_worker is not null then v_job end;
       return;
     end if;
     return query
       select r.id, false,
         r.workflow = p_workflow and coalesce(first.version, r.version) = p_version
-          and (r.input_hash = p_input_hash or p_input_hash = '')
+          and (r.input_hash = p_input_hash or p_input_hash = ''),
+        null::bigint
       from runs r left join runs first on first.id = r.chain
       where r.id = p_id or (r.workflow = p_workflow and r.key = p_key and r.successor is null)
       order by r.id <> p_id
@@ -365,8 +376,8 @@ $$;
 
 
 -- Ends the caller's transaction with a name that durable.store.errors knows: a guard that also works in the middle of a
--- pipeline, where nobody reads a result before COMMIT is on its way. Never returns.
-create function refuse(p_constraint text, p_message text) returns bigint
+-- pipeline, where nobody reads a result before COMMIT is on its way. Never returns; a uuid, to stand for a run's id.
+create function refuse(p_constraint text, p_message text) returns uuid
 language plpgsql volatile
 set search_path = {schema}, pg_temp
 as $$
@@ -485,7 +496,8 @@ $$;
 
 
 -- What must hold of a run, by the names that durable.store.errors knows. A trigger, because constraints are evaluated at
--- each update: a step that goes on as the one before it writes none of the columns that this speaks of.
+-- each update: a step that goes on as the one before it writes none of the columns that this speaks of. A move is one
+-- text: a list of pairs would be prepared anew in each transaction, pair by pair.
 create function check_run() returns trigger
 language plpgsql
 set search_path = {schema}, pg_temp
@@ -514,18 +526,18 @@ begin
       using errcode = 'check_violation', constraint = v_broken, table = 'runs', schema = tg_table_schema;
   end if;
   -- the same table as durable.values.MOVES; a test compares them
-  if tg_op = 'UPDATE' and new.status <> old.status and (old.status, new.status) not in (
-    ('pending', 'running'), ('pending', 'suspended'), ('pending', 'paused'), ('pending', 'compensating'),
-    ('pending', 'completed'), ('pending', 'failed'), ('pending', 'canceled'),
-    ('running', 'suspended'), ('running', 'paused'), ('running', 'compensating'), ('running', 'completed'),
-    ('running', 'failed'), ('running', 'canceled'),
-    ('suspended', 'running'), ('suspended', 'paused'), ('suspended', 'compensating'), ('suspended', 'completed'),
-    ('suspended', 'failed'), ('suspended', 'canceled'),
-    ('paused', 'running'), ('paused', 'suspended'), ('paused', 'compensating'), ('paused', 'failed'),
-    ('paused', 'canceled'),
-    ('compensating', 'running'), ('compensating', 'failed'), ('compensating', 'canceled'),
-    ('failed', 'running'),
-    ('completed', 'compensating')
+  if tg_op = 'UPDATE' and new.status <> old.status and old.status || ' to ' || new.status not in (
+    'pending to running', 'pending to suspended', 'pending to paused', 'pending to compensating',
+    'pending to completed', 'pending to failed', 'pending to canceled',
+    'running to suspended', 'running to paused', 'running to compensating', 'running to completed',
+    'running to failed', 'running to canceled',
+    'suspended to running', 'suspended to paused', 'suspended to compensating', 'suspended to completed',
+    'suspended to failed', 'suspended to canceled',
+    'paused to running', 'paused to suspended', 'paused to compensating', 'paused to failed',
+    'paused to canceled',
+    'compensating to running', 'compensating to failed', 'compensating to canceled',
+    'failed to running',
+    'completed to compensating'
   ) then
     raise exception 'run %: no move from % to %', old.id, old.status, new.status
       using errcode = 'check_violation', constraint = 'runs_legal_move', table = 'runs', schema = tg_table_schema;
@@ -540,12 +552,21 @@ before insert or update of
 on runs for each row execute function check_run();
 
 
--- What must hold of an entry.
+-- What must hold of an entry; one with no time of its own gets the present. Most are of a step that has completed, and
+-- the rest is not looked at.
 create function check_entry() returns trigger
 language plpgsql
 as $$
 declare
-  v_broken text := case
+  v_broken text;
+begin
+  if new.finished_at is null then
+    new.finished_at := {schema}.engine_now();
+  end if;
+  if new.kind = 'step' and new.status = 'completed' then
+    return new;
+  end if;
+  v_broken := case
     when new.kind not in (
       'step', 'parallel', 'route', 'loop', 'sleep', 'signal', 'child', 'branch', 'iteration', 'choice', 'undo',
       'result', 'block', 'join', 'race', 'map', 'receive', 'reply', 'checkpoint', 'rollback', 'patch'
@@ -553,7 +574,6 @@ declare
     when new.status not in ('completed', 'failed', 'suspended') then 'journal_status_check'
     when new.status = 'failed' and new.error is null then 'journal_failed_says_why_check'
   end;
-begin
   if v_broken is not null then
     raise exception 'run %: the entry of % breaks %', new.run_id, new.step_id, v_broken
       using errcode = 'check_violation', constraint = v_broken, table = 'journal', schema = tg_table_schema;

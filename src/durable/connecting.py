@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import threading
-import uuid
 import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,14 +21,12 @@ import psycopg
 
 from durable import migrate, portal
 from durable.config import Database, Embedded, resolve
-from durable.core.transition import Transition
 from durable.define.registry import Registry
 from durable.engine.desk import Desk
 from durable.engine.hooks import Hooks
 from durable.errors import ConfigurationError
-from durable.store import nudges
 from durable.store.connection import Connection
-from durable.store.db import Pool, Store
+from durable.store.db import Store
 from durable.waiting import Endings
 
 log = logging.getLogger("durable")
@@ -53,32 +50,13 @@ class Wanted:
     max_crashes: int
 
 
-class AppDesk(Desk):
-    """A desk that remembers which runs it has ended, for those who wait."""
-
-    def __init__(self, store: Store, registry: Registry, pool: Pool, hooks: Hooks, *, max_crashes: int) -> None:
-        super().__init__(store, registry, pool, hooks=hooks, max_crashes=max_crashes)
-        self._ended: list[uuid.UUID] = []
-
-    def written(self, transition: Transition) -> None:
-        if transition.ends:
-            self._ended.append(transition.after.id)
-
-    async def tell_ends(self) -> None:
-        """Wake who waits for the runs that ended here. Whoever is not told looks by himself."""
-        ended, self._ended = self._ended, []
-        if ended:
-            async with self.pool.connection() as connection:
-                await nudges.notify_ended(self.store, connection, ended)
-
-
 class Link:
     """What one event loop uses: a pool, a desk over it, and the one that listens for the ends of runs."""
 
     def __init__(self, store: Store, registry: Registry, hooks: Hooks, wanted: Wanted) -> None:
         self.pool = store.open_pool(wanted.pool_size, application_name="durable app", min_size=0)
         self.pool.timeout = PATIENCE
-        self.desk = AppDesk(store, registry, self.pool, hooks, max_crashes=wanted.max_crashes)
+        self.desk = Desk(store, registry, self.pool, hooks=hooks, max_crashes=wanted.max_crashes)
         self.endings = Endings(store, self.connection)
 
     async def open(self) -> None:

@@ -23,9 +23,10 @@ from typing import Final
 
 from tests.chaos import functions, workflows
 
+from durable.core.state import View
 from durable.durable import AsyncDurable
 from durable.engine import advance, liveness, loops, recover
-from durable.engine.points import Point
+from durable.engine.points import Point, executing
 from durable.worker import Worker, watchdog
 from durable.worker import worker as worker_module
 
@@ -66,7 +67,8 @@ class Killer:
         self._seen: set[tuple[Point, str]] = set()
         self._hits = os.open(Path(settings.folder) / "hits", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def __call__(self, point: Point, what: str) -> None:
+    def __call__(self, point: Point, view: View | None) -> None:
+        what = executing(view)
         if (point, what) not in self._seen:
             self._seen.add((point, what))
             os.write(self._hits, f"{point} {what}\n".encode())

@@ -29,9 +29,10 @@ from durable import (
     waiting,
 )
 from durable.core.transition import Successor, Transition
+from durable.engine.hold import take
 from durable.errors import DurableError, RequestTimeout
-from durable.store import nudges
 from durable.store.apply import apply
+from durable.store.flush import send
 from durable.store.inbox import load_inbox
 from durable.testing import AsyncHarness
 from durable.values import Status
@@ -95,7 +96,8 @@ class Answering:
 
     async def tell(self, run_id: uuid.UUID) -> None:
         async with self._app.pool.connection() as connection:
-            await nudges.notify_ended(self._app.store, connection, [run_id])
+            values = {"run": run_id, "channel": self._app.store.ended_channel}
+            await send(connection, self._app.store.sql.tell, values)
 
 
 @pytest.fixture
@@ -165,15 +167,25 @@ async def test_a_body_completes_what_it_receives(app: AsyncDurable) -> None:
 # ---------------------------------------------------------------- told
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.usefixtures("nobody_looks")
-async def test_the_engine_tells_of_a_reply_at_once(app: AsyncDurable, answering: Answering) -> None:
+async def test_the_engine_tells_of_a_reply_at_once(app: AsyncDurable, goes_on: bool) -> None:
+    """Also in the middle of a burst, whose next transaction is open then."""
     run = await app.start(patient)
     async with AsyncHarness(app) as harness:
         engine = (await harness._open()).engine
         asking = asyncio.create_task(run.request("quote", timeout=HOURS))
         await _registered(app, run.id)
-        engine.written(await answering.write(run.id, "7"))
+        hold = await take(engine, run.id)
+        assert hold is not None
+        before = hold.view.run
+        after = before.changed(revision=before.revision + 1, status=Status.RUNNING)
+        replying = Transition(before, after, replies={message.seq: "7" for message in hold.view.inbox})
+        following = await (hold.write_and_lock(replying) if goes_on else hold.write(replying))
         assert await asking == 7
+        assert (following is not None) == goes_on
+        if following is not None:
+            await following.drop()
 
 
 @pytest.mark.usefixtures("nobody_looks")

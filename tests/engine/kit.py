@@ -19,6 +19,7 @@ from procrastinate.jobs import Job
 from psycopg.rows import dict_row
 
 from durable import AsyncDurable
+from durable.core.state import View
 from durable.define.registry import AnyWorkflow
 from durable.engine import recover
 from durable.engine.advance import advance
@@ -26,7 +27,7 @@ from durable.engine.compensate import compensate
 from durable.engine.context import StepContext
 from durable.engine.deliver import deliver
 from durable.engine.engine import Engine
-from durable.engine.points import Point
+from durable.engine.points import Point, executing
 from durable.store import sweep as queries
 from durable.store.query import Statement
 from durable.testing.harness import SimulatedCrash
@@ -76,7 +77,8 @@ class Points:
     def count(self, point: Point) -> int:
         return sum(1 for passed, _ in self.passed if passed is point)
 
-    def __call__(self, point: Point, what: str) -> None:
+    def __call__(self, point: Point, view: View | None) -> None:
+        what = executing(view)
         if self.dead:
             raise SimulatedCrash
         self.passed.append((point, what))

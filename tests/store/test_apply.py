@@ -116,6 +116,20 @@ async def test_the_last_step_of_a_burst(store: Store, connection: Connection) ->
     assert await load_journal(store, connection, run.id) == {"charge": applied.entries[0]}
 
 
+async def test_an_end_stands_though_nobody_could_be_told(
+    store: Store, connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = await running(store, connection)
+    await connection.execute(b"alter table durable.waiters rename to gone")
+    assert await begin_and_lock(store, connection, run.id) is not None
+    ended = transition(run, after={"status": Status.COMPLETED, "finished_at": T0}, entries=(CHARGE,))
+    applied = await apply_and_commit(store, connection, ended)
+    assert connection.info.transaction_status is TransactionStatus.IDLE
+    assert (await read(store, connection, run.id)).status is Status.COMPLETED
+    assert await load_journal(store, connection, run.id) == {"charge": applied.entries[0]}
+    assert "who waits for it was not told" in caplog.text
+
+
 async def test_entries_keep_everything_and_their_order(store: Store, connection: Connection) -> None:
     run = await running(store, connection)
     entries = (
@@ -152,7 +166,7 @@ async def test_the_first_write_wins(store: Store, connection: Connection) -> Non
     await write(store, connection, first)
     again = transition(first.after, entries=(replace(CHARGE, result="2"),))
     for attempt in (write, apply_and_relock):
-        with pytest.raises(JournalConflict, match="has an entry of charge already"):
+        with pytest.raises(JournalConflict, match=rf"\({run.id}, charge\) already exists"):
             await attempt(store, connection, again)
     assert (await load_journal(store, connection, run.id))["charge"].result == CHARGE.result
     assert (await read(store, connection, run.id)).revision == first.after.revision
@@ -168,6 +182,36 @@ async def test_a_suspended_entry_is_replaced_and_comes_last(store: Store, connec
     journal = await load_journal(store, connection, run.id)
     assert list(journal) == ["charge", "ask"]
     assert (journal["ask"].status, journal["ask"].result, journal["ask"].attempt) == ("completed", "5", 2)
+
+
+async def test_only_what_the_journal_is_said_to_have_makes_room(store: Store, connection: Connection) -> None:
+    """Who says wrong that nothing stands there gets an error, and loses nothing."""
+    run = await running(store, connection)
+    asked = replace(CHARGE, step_id="ask", status="suspended", result='{"snap":1}')
+    first = transition(run, entries=(asked, CHARGE))
+    await write(store, connection, first, journal=())
+    answered = transition(first.after, entries=(replace(asked, status="completed", result="5"),))
+    more = transition(first.after, entries=(replace(CHARGE, step_id="ship"), *answered.entries))
+    for wrong in (answered, more):
+        with pytest.raises(JournalConflict, match=rf"\({run.id}, ask\) already exists"):
+            await write(store, connection, wrong, journal=())
+    assert (await load_journal(store, connection, run.id))["ask"].result == '{"snap":1}'
+    await write(store, connection, answered, journal={"ask", "charge"})
+    assert (await load_journal(store, connection, run.id))["ask"].result == "5"
+    late = transition(answered.after, entries=(replace(asked, status="completed", result="6"),))
+    with pytest.raises(JournalConflict):
+        await write(store, connection, late, journal={"ask", "charge"})
+    assert (await load_journal(store, connection, run.id))["ask"].result == "5"
+
+
+async def test_an_entry_with_no_time_of_its_own_is_of_now(store: Store, connection: Connection) -> None:
+    run = await running(store, connection)
+    await connection.execute("update durable.clock set ahead = '3 days'")
+    entries = (replace(CHARGE, finished_at=None), Entry("patch:a", EntryKind.PATCH, "completed", "true"))
+    await write(store, connection, transition(run, entries=entries))
+    for entry in (await load_journal(store, connection, run.id)).values():
+        assert entry.finished_at is not None
+        assert timedelta(days=2) < entry.finished_at - datetime.now(UTC) < timedelta(days=4)
 
 
 async def test_retry_forgets_what_failed(store: Store, connection: Connection) -> None:

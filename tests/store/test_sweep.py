@@ -12,9 +12,10 @@ import pytest
 import pytest_asyncio
 from tests.store.kit import jobs, rows
 
-from durable.store import nudges, sweep
+from durable.store import sweep
 from durable.store.connection import Connection
 from durable.store.db import Pool, Store
+from durable.store.flush import send
 
 HERE = "database = (select oid from pg_database where datname = current_database())"
 
@@ -669,16 +670,20 @@ async def test_runs_that_wait_for_a_definition(store: Store, connection: Connect
 # ---------------------------------------------------------------- who waits for an end
 
 
+async def tell(store: Store, connection: Connection, run: uuid.UUID) -> None:
+    await send(connection, store.sql.tell, {"run": run, "channel": store.ended_channel})
+
+
 async def test_waiters_are_told_once(store: Store, connection: Connection, direct: Connection) -> None:
     run, waiters = uuid.uuid4(), sorted([uuid.uuid4(), uuid.uuid4()])
     await direct.execute(b"listen " + store.ended_channel.encode())
-    await nudges.notify_ended(store, connection, [uuid.uuid4()])
+    await tell(store, connection, uuid.uuid4())
     for waiter in (*waiters, waiters[0]):
         await sweep.register_waiter(store, connection, run, waiter)
     waiting = "select waiter from durable.waiters order by waiter"
     assert [waiter for (waiter,) in await rows(connection, waiting)] == waiters
-    await nudges.notify_ended(store, connection, [run, uuid.uuid4()])
-    await nudges.notify_ended(store, connection, [run])
+    for told in (run, uuid.uuid4(), run):
+        await tell(store, connection, told)
     assert await rows(connection, waiting) == []
     told = [notice.payload async for notice in direct.notifies(timeout=0.5)]
     assert told == [str(run)]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from enum import Enum
+from types import FunctionType
 from typing import Any, Final, Never, TypeAlias, TypeVar, overload
 
 from durable.define.annotations import layers, underlying
@@ -262,6 +263,8 @@ def name_of(handler: Any) -> str:
 
 def is_async(fn: Callable[..., Any]) -> bool:
     """Whether calling `fn` gives a coroutine: async functions, partials and methods of them, async ``__call__``."""
+    if isinstance(fn, FunctionType) and fn.__code__.co_flags & inspect.CO_COROUTINE:
+        return True  # asked at each step
     while isinstance(fn, functools.partial):
         fn = fn.func
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004

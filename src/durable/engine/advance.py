@@ -22,7 +22,7 @@ from durable.core.settle import defer, settle
 from durable.core.transition import Call, Fanout, Next, Transition
 from durable.engine import claims
 from durable.engine.flight import Flight
-from durable.engine.hold import Hold, executing, take
+from durable.engine.hold import Hold, take
 from durable.engine.points import Point
 from durable.engine.slots import Slot
 from durable.store.errors import RowBusy
@@ -54,7 +54,7 @@ async def after_naps(engine: Engine, parked: Transition | None) -> None:
 
 async def continue_burst(engine: Engine, run_id: uuid.UUID, revision: int, kind: Next) -> Transition | None:
     """Lock the run and take it as far as it goes; what was written last."""
-    engine.at(Point.BEFORE_LOCK, "-")
+    engine.at(Point.BEFORE_LOCK, None)
     async with engine.slots.one() as slot:
         try:
             hold = await take(engine, run_id)
@@ -76,7 +76,7 @@ async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> Tr
     budget = Budget(engine, kind)
     while hold is not None:
         async with hold:
-            engine.at(Point.AFTER_LOCK, executing(hold.view))
+            engine.at(Point.AFTER_LOCK, hold.view)
             match plan(hold.view, hold.now, engine.limits()):
                 case Transition() as transition:
                     hold = await write(hold, transition, budget)

@@ -142,7 +142,7 @@ class _Attempt:
         task = asyncio.current_task()
         assert task is not None
         self._task, self._cancelling = task, task.cancelling()
-        self._where = f"step {call.step_id!r} of run {view.run.id}"
+        self._where = f"step {call.step_id!r} of run {view.run.id_text}"
         self._owner: Connection | None = None
         self._limit: asyncio.Timeout | None = None  # while user code runs
         self._timeout = ""  # what is said of the limit that holds
@@ -321,9 +321,10 @@ async def _uncancelled(work: Coroutine[Any, Any, T]) -> T:
 
 def _seconds(call: Call, now: Callable[[], datetime]) -> float | None:
     """How long the attempt may take: its own limit, or what is left until its deadline."""
-    left = None if call.deadline is None else max(0.0, (call.deadline - now()).total_seconds())
-    limits = [limit for limit in (call.work.timeout, left) if limit is not None]
-    return min(limits, default=None)
+    if call.deadline is None:
+        return call.work.timeout
+    left = max(0.0, (call.deadline - now()).total_seconds())
+    return left if call.work.timeout is None else min(call.work.timeout, left)
 
 
 def _texts(outcome: Outcome) -> Iterator[tuple[JsonText, str]]:
@@ -387,7 +388,7 @@ def _dump(schema: Schema, value: Any, step_id: str, what: str = "result") -> Jso
 
 def _suspension(value: Any) -> Suspend | None:
     """`value` as a Suspend, if it is one or has the shape of one."""
-    if value is None or isinstance(value, str | int | float | list):
+    if value is None or isinstance(value, _NEVER_SUSPENDED):
         return None
     if isinstance(value, Suspend):
         return value
@@ -403,10 +404,11 @@ def _suspension(value: Any) -> Suspend | None:
 
 
 _ABSENT: Final[Any] = object()
+_NEVER_SUSPENDED: Final = (str, int, float, list)
 
 
 def _field(value: Any, name: str) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         return value.get(name, _ABSENT)
     try:
         return getattr(value, name, _ABSENT)

@@ -20,7 +20,7 @@ from durable.core.settle import Ended, settle
 from durable.core.state import View
 from durable.core.transition import Call, Fanout, Next, Transition
 from durable.engine.flight import ClaimLock, ClaimLost, Discarded, Flight, is_running, without_transaction
-from durable.engine.hold import Hold, executing, take
+from durable.engine.hold import Hold, take
 from durable.engine.points import Point
 from durable.store.errors import InboxNews
 from durable.values import Status
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 async def execute(engine: Engine, hold: Hold, work: Call | Fanout) -> Hold | None:
     """Commit a claim, then run these calls, and all that follows from them within their node. Nothing is held after."""
-    view, calls, what = hold.view, work.calls, executing(hold.view)
+    view, calls = hold.view, work.calls
     lock = ClaimLock(engine, view.run.id, engine.new_claim())
     owner = Claimed(engine, lock)
     with engine.owning(view.run.id, owner):  # before it is committed: a claim without an owner is a crash
-        engine.at(Point.BEFORE_CLAIM, what)
+        engine.at(Point.BEFORE_CLAIM, view)
         taken = claimed(view, hold.now, lock.claim, calls)
         await hold.write(taken)
-        engine.at(Point.AFTER_CLAIM, what)
+        engine.at(Point.AFTER_CLAIM, view)
         owner.start(taken, view, calls, hold.locked_at)
         return await owner.drive()
 
@@ -163,7 +163,7 @@ class Claimed:
         """Write what the flight led to, as soon as it has ended."""
         try:
             ended = await flight.ended()
-            self._engine.at(Point.BEFORE_OUTCOME, executing(flight.view))
+            self._engine.at(Point.BEFORE_OUTCOME, flight.view)
             await self._write_outcome(flight, ended)
         except ClaimLost as error:
             log.warning("%s: what its handler did is discarded", error)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 async def deliver(engine: Engine, run_id: uuid.UUID) -> None:
     """Look into the inbox of a run, and take the run on if something new lies there."""
-    engine.at(Point.BEFORE_LOCK, "-")
+    engine.at(Point.BEFORE_LOCK, None)
     async with engine.slots.one() as slot:
         try:
             hold = await take(engine, run_id)

@@ -67,7 +67,13 @@ class Desk:
         self._clock: tuple[datetime, float] = (datetime.now(UTC), time.monotonic())
 
     def limits(self) -> Limits:
-        return Limits(max_crashes=self._max_crashes, chance=random.random())  # noqa: S311 - jitter
+        chance = random.random()  # noqa: S311 - jitter
+        return Limits(self._max_crashes, chance, self.watching)
+
+    @property
+    def watching(self) -> bool:
+        """Whether a step runs here that was running in crashes."""
+        return False
 
     def now(self) -> datetime:
         """The database's time, by the last answer and what has passed since."""
@@ -95,13 +101,13 @@ class Desk:
 
     async def enqueue_later(self, run_id: uuid.UUID, revision: int, kind: Next) -> None:
         """The row is busy: look again in a second."""
-        self.at(Point.BEFORE_RERING, "-")
+        self.at(Point.BEFORE_RERING, None)
         async with self.pool.connection() as connection:
             await nudges.enqueue_again(self.store, connection, run_id, revision, task(kind), nudges.LATER)
 
     async def ring_later(self, run_id: uuid.UUID) -> None:
         """The row is busy: one more ring in a second, for all doorbells that found it so."""
-        self.at(Point.BEFORE_RERING, "-")
+        self.at(Point.BEFORE_RERING, None)
         async with self.pool.connection() as connection:
             await jobs.ring_later(self.store, connection, run_id, nudges.LATER)
 

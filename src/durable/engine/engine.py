@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import uuid
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from durable.core.state import Claim
-from durable.core.transition import Limits, Purpose, Transition
+from durable.core.transition import Purpose, Transition
 from durable.define.registry import Registry
 from durable.engine.bodies import Bodies
 from durable.engine.calls import Caller
@@ -41,8 +40,6 @@ LOCK_TIMEOUT_MS: Final = 1_000
 """How long a job waits for a run's row."""
 REPORT_EVERY: Final = 0.5
 """Seconds between two looks at what executing steps say of themselves."""
-GATHERING: Final = 0.005
-"""Seconds for which a busy worker lets ended runs gather, to tell of them in one statement."""
 ALARM_HORIZON: Final = timedelta(seconds=5)
 """Timers that fall due sooner get an alarm in this process; the timer loop finds the others in the table."""
 KEPT_BODIES: Final = 500
@@ -99,7 +96,6 @@ class Engine(Desk):
         self.latest: Transition | None = None  # what was written last
         self.owned: dict[uuid.UUID, Claimed] = {}
         self._flights: dict[uuid.UUID, set[Flight]] = {}
-        self._ended: asyncio.Queue[uuid.UUID] = asyncio.Queue()
         self._said: dict[tuple[uuid.UUID, str], dict[str, Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -107,7 +103,6 @@ class Engine(Desk):
 
     async def open(self) -> None:
         await self.pool.open(wait=True, timeout=10)
-        self._background(self._notify_ended(), "notify ended")
         self._background(self._report(), "report progress")
 
     async def close(self) -> None:
@@ -120,9 +115,9 @@ class Engine(Desk):
         await self.caller.close()
         await self.pool.close()
 
-    def limits(self) -> Limits:
-        chance = random.random()  # noqa: S311 - jitter
-        return Limits(max_crashes=self._max_crashes, chance=chance, watching=self.suspects.watching)
+    @property
+    def watching(self) -> bool:
+        return self.suspects.watching
 
     def interrupt_all(self) -> None:
         """Shut down: end what is executing; each is handed back to the queue as it ends."""
@@ -215,8 +210,6 @@ class Engine(Desk):
     def written(self, transition: Transition) -> None:
         """A transition was committed."""
         self.latest = transition
-        if transition.ends or transition.replies:
-            self._ended.put_nowait(transition.after.id)
         if transition.reports:
             self.deliverer.wake()
         if transition.entries:
@@ -235,20 +228,6 @@ class Engine(Desk):
             return None
         seconds = (after.wake_at - self.now()).total_seconds()
         return max(seconds, 0.0) if seconds < self.options.nap_seconds else None
-
-    async def _notify_ended(self) -> None:
-        """Wake those who wait for a result, after the commit and outside of it: commits that notify are serialised."""
-        while True:
-            ids = {await self._ended.get()}
-            if self.executing > self.options.concurrency // 4:  # others will end in a moment
-                await asyncio.sleep(GATHERING)
-            while not self._ended.empty():
-                ids.add(self._ended.get_nowait())
-            async for _ in self.tries(limit=3):
-                with self.database_errors_only():
-                    async with self.pool.connection() as connection:
-                        await nudges.notify_ended(self.store, connection, ids)
-                    break
 
     def say(self, flight: Flight, what: Mapping[str, Any]) -> None:
         """A step reports on itself. What it said last is kept, at most twice a second."""

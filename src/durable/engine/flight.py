@@ -23,7 +23,7 @@ from durable.core.settle import Ended
 from durable.core.state import Claim, Failure, View
 from durable.core.transition import Call, Failed, Interrupted, Outcome
 from durable.engine.calls import TransactionLost
-from durable.engine.hold import Hold, executing
+from durable.engine.hold import Hold
 from durable.engine.points import Point
 from durable.engine.slots import Slot
 from durable.logs import go_inside
@@ -44,7 +44,6 @@ class Flight:
     ) -> None:
         self._engine = engine
         self.view, self.call, self.hold = view, call, hold
-        self.what = executing(view)
         self.claim = claim
         self.lent = False
         self.lost: TransactionLost | None = None
@@ -53,7 +52,7 @@ class Flight:
         self._interrupted_by: Literal["cancel", "shutdown"] | None = None
         self._cancelled = Told()
         self._gate = asyncio.Lock()
-        self.task = asyncio.create_task(self._fly(), name=f"{view.run.id} {call.step_id}")
+        self.task = asyncio.create_task(self._fly(), name=f"{view.run.id_text} {call.step_id}")
 
     async def ended(self) -> Ended:
         """What it led to. Waits for it, and never abandons a running thread."""
@@ -109,12 +108,12 @@ class Flight:
                 return False
             hold, self.hold = self.hold, None
             assert hold is not None
-            self._engine.at(Point.BEFORE_CLAIM, self.what)
+            self._engine.at(Point.BEFORE_CLAIM, self.view)
             self.claim = ClaimLock(self._engine, hold.view.run.id, self._engine.new_claim())
             taken = claimed(hold.view, hold.now, self.claim.claim, (self.call,))
             with self._engine.database_errors_only():  # whether it was committed shows when the outcome is written
                 await hold.write(taken)
-            self._engine.at(Point.AFTER_CLAIM, self.what)
+            self._engine.at(Point.AFTER_CLAIM, self.view)
             return True
 
     async def _without_transaction(self, lost: TransactionLost) -> Outcome:
@@ -129,14 +128,14 @@ class Flight:
     def _facts(self) -> dict[str, Any]:
         """What every log record of the handler says, whichever logger it goes through."""
         run, call = self.view.run, self.call
-        return {"run": str(run.id), "workflow": run.workflow, "step": call.step_id, "attempt": call.attempt}
+        return {"run": run.id_text, "workflow": run.workflow, "step": call.step_id, "attempt": call.attempt}
 
     async def _fly(self) -> Outcome:
         engine = self._engine
         go_inside(**self._facts())  # before the hooks: so they know which step it is
-        engine.at(Point.BEFORE_HANDLER, self.what)
+        engine.at(Point.BEFORE_HANDLER, self.view)
         outcome = await self._run()
-        engine.at(Point.AFTER_HANDLER, self.what)
+        engine.at(Point.AFTER_HANDLER, self.view)
         return outcome
 
     async def _run(self) -> Outcome:

@@ -114,9 +114,9 @@ class Hold:
         `planned`: what lies in the inbox was planned with, and is no reason any more to wake the run. `whole`: only if
         nothing came to the inbox since it was read; else InboxNews is raised.
         """
-        desk, what = self._desk, executing(self.view)
+        desk = self._desk
         try:
-            desk.at(Point.BEFORE_COMMIT, what)
+            desk.at(Point.BEFORE_COMMIT, self.view)
             transition = self._with_reports(transition)
             inbox = self.view.inbox if planned else ()
             applied = await apply_and_commit(
@@ -124,6 +124,7 @@ class Hold:
                 self.connection,
                 transition,
                 inbox,
+                journal=self._journal,
                 quiet=desk.fetches,
                 whole=self.view.inbox if whole else None,
             )
@@ -133,7 +134,7 @@ class Hold:
         desk.written(transition)
         if transition.next is not None:
             desk.fetch()
-        desk.at(Point.AFTER_COMMIT, what)
+        desk.at(Point.AFTER_COMMIT, self.view)
         return None
 
     async def write_and_lock(self, transition: Transition) -> Hold | None:
@@ -141,16 +142,18 @@ class Hold:
 
         What is written enqueues no continuation; where the lock could not be had again, that is made up for here.
         """
-        if self.lent:  # the connection goes back to be reset
+        if self.lent or transition.replies:  # the connection goes back to be reset; who asked is told after a COMMIT
             await self.write(replace(transition, next=None))
             return await self._take_again(transition)
-        desk, what = self._desk, executing(self.view)
+        desk = self._desk
         try:
-            desk.at(Point.BEFORE_COMMIT, what)
+            desk.at(Point.BEFORE_COMMIT, self.view)
             transition = self._with_reports(transition)
-            applied, committed = await apply_and_relock(desk.store, self.connection, transition, self.view.inbox)
+            applied, committed = await apply_and_relock(
+                desk.store, self.connection, transition, self.view.inbox, journal=self._journal
+            )
             desk.written(transition)
-            desk.at(Point.AFTER_COMMIT, what)
+            desk.at(Point.AFTER_COMMIT, self.view)
         except BaseException:
             await self._give_back()
             raise
@@ -202,8 +205,9 @@ class Hold:
 
     def _with_reports(self, transition: Transition) -> Transition:
         """With what this process's hooks are to be told of it."""
-        told = self._desk.hooks.reports(self.view, transition, self.now)
-        return replace(transition, reports=told) if told else transition
+        if not self._desk.hooks.kinds:
+            return transition
+        return replace(transition, reports=self._desk.hooks.reports(self.view, transition, self.now))
 
     async def _take_again(self, transition: Transition) -> Hold | None:
         written = transition.after
@@ -283,15 +287,3 @@ async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Cla
         raise
     await desk.pool.putconn(connection)
     return None
-
-
-def executing(view: View) -> str:
-    """What the run is at, for the crash suite: the kind of its node, or ``undo``."""
-    run, workflow = view.run, view.workflow
-    if run.status == "compensating":
-        return "undo"
-    if workflow is not None and workflow.body is not None:
-        return "function"
-    if workflow is None or run.current_step >= len(workflow.nodes):
-        return "-"
-    return workflow.nodes[run.current_step].kind

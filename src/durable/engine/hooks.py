@@ -102,7 +102,7 @@ class Hooks:
 
     def reports(self, view: View, transition: Transition, now: datetime) -> tuple[Report, ...]:
         """What they are to be told of a transition."""
-        return reports(view, transition, now, self._hooks) if self._hooks else ()
+        return reports(view, transition, now, self._hooks)
 
 
 def name_of(hook: Hook) -> str:

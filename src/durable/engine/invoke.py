@@ -18,15 +18,15 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
+from durable.core.frozen import value
 from durable.define.options import is_async
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Ask:
     """A function of the user's to be called. `late`: it is asked after the handler has finished."""
 
@@ -38,21 +38,21 @@ class Ask:
 Script: TypeAlias = Generator[Ask, Any, T]
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Returned(Generic[T]):
     """The script ran to its end."""
 
     value: T
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Raised:
     """A function of the user's, or the script, raised this: any BaseException, CancelledError included."""
 
     error: BaseException
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Awaiting:
     """A sync function returned an awaitable: the loop must await it."""
 
@@ -105,7 +105,7 @@ class Threads:
 async def play(script: Script[T], threads: Threads, interruption: Interruption) -> Returned[T] | Raised:
     """Runs `script` to its end. Never raises what user code raised, whatever it is: that is in the answer."""
     state = _guarded(_send, script, None)
-    while not isinstance(state, Returned | Raised):
+    while not isinstance(state, _OVER):
         if isinstance(state, Ask) and interruption.forbids(state):
             state = Raised(asyncio.CancelledError())
         elif isinstance(state, Ask) and not is_async(state.fn):
@@ -120,6 +120,7 @@ async def play(script: Script[T], threads: Threads, interruption: Interruption) 
 
 
 _State: TypeAlias = Ask | _Awaiting | Returned[T] | Raised
+_OVER: Final = (Returned, Raised)
 
 
 async def _on_loop(script: Script[T], ask: Ask | _Awaiting) -> _State[T]:

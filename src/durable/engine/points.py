@@ -6,6 +6,9 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TypeAlias
 
+from durable.core.state import View
+from durable.values import Status
+
 
 class Point(StrEnum):
     """Where a worker can be killed. Between two of them nothing becomes durable."""
@@ -24,9 +27,23 @@ class Point(StrEnum):
     IN_SWEEP = "in_sweep"  # a takeover is decided, not committed
 
 
-Hook: TypeAlias = Callable[[Point, str], None]
-"""Called with the point and what is executing there: a node's kind, ``undo``, or ``-``."""
+Hook: TypeAlias = Callable[[Point, View | None], None]
+"""Called with the point, and what was read of the run that is executing there, if one is."""
 
 
-def nothing(point: Point, what: str) -> None:
+def nothing(point: Point, view: View | None) -> None:
     """The hook of every worker outside the crash suite."""
+
+
+def executing(view: View | None) -> str:
+    """What the run is at, for the crash suite: the kind of its node, ``function``, ``undo``, or ``-``."""
+    if view is None:
+        return "-"
+    run, workflow = view.run, view.workflow
+    if run.status is Status.COMPENSATING:
+        return "undo"
+    if workflow is not None and workflow.body is not None:
+        return "function"
+    if workflow is None or run.current_step >= len(workflow.nodes):
+        return "-"
+    return workflow.nodes[run.current_step].kind

@@ -19,7 +19,7 @@ from typing import Final
 from durable.core.crash import died
 from durable.core.state import Run
 from durable.engine.desk import Desk
-from durable.engine.hold import Hold, executing, take
+from durable.engine.hold import Hold, take
 from durable.engine.points import Point
 from durable.store import read
 from durable.store import sweep as queries
@@ -155,7 +155,7 @@ async def _charge(desk: Desk, hold: Hold) -> bool:
         await hold.drop()
         return False
     log.warning("run %s: its worker died, taking it over", run.id, extra={"run": str(run.id), "workflow": run.workflow})
-    desk.at(Point.IN_SWEEP, executing(hold.view))
+    desk.at(Point.IN_SWEEP, hold.view)
     await hold.write(transition)
     if run.claim is not None:
         await desk.tell_owner(run.id)

@@ -6,11 +6,14 @@ may end with COMMIT and the next lock (`apply_and_relock`), and nothing of a ref
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
+import psycopg
+
 from durable.core.control import REQUESTS  # one that waits behind another is still to be heard
+from durable.core.frozen import value
 from durable.core.state import Entry, Failure, Message, Run
 from durable.core.transition import Event, Successor, Transition
 from durable.define.payload import canonical_hash
@@ -23,8 +26,10 @@ from durable.store.jobs import queue_continuation
 from durable.store.runs import Committed, Locked, abandon, let_go, messages_of, not_locked, went_through
 from durable.values import MOVES, Status
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
+
+@value(frozen=True, slots=True)
 class Applied:
     """The entries as they stand in the journal now, with their seq."""
 
@@ -32,15 +37,22 @@ class Applied:
 
 
 async def apply(
-    db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message] = (), *, quiet: bool = False
+    db: Store,
+    connection: Connection,
+    transition: Transition,
+    inbox: Iterable[Message] = (),
+    *,
+    journal: Container[str] | None = None,
+    quiet: bool = False,
 ) -> Applied:
-    """Write `transition` in the transaction that is open. `inbox` are the messages that its decision saw. `quiet`: this
-    process looks by itself for the next job.
+    """Write `transition` in the transaction that is open. `inbox` are the messages that its decision saw; `journal`:
+    the steps that have an entry, if the caller knows them, or the database looks for them. `quiet`: this process looks
+    by itself for the next job.
 
     Raises StaleRevision or JournalConflict, and then the transaction is lost: ``abandon`` the connection.
     """
     flush = Flush(connection)
-    written = _queue(db, flush, transition, inbox)
+    written = _queue(db, flush, transition, inbox, journal)
     _queue_next(db, flush, transition, quiet=quiet)
     with translated():
         await flush.send()
@@ -53,29 +65,41 @@ async def apply_and_commit(
     transition: Transition,
     inbox: Iterable[Message] = (),
     *,
+    journal: Container[str] | None = None,
     quiet: bool = False,
     whole: Iterable[Message] | None = None,
 ) -> Applied:
-    """`apply` and COMMIT in one flush: the end of a burst. Raises, with no transaction left open, if it was not
-    committed. `whole`: only if nothing else lies in the inbox: else InboxNews is raised."""
+    """`apply` and COMMIT in one flush: the end of a burst. Who waits for the run's end, or for a reply, is told behind
+    the commit. Raises, with no transaction left open, if it was not committed. `whole`: only if nothing else lies in
+    the inbox: else InboxNews is raised."""
+    written, commit = list[Answer](), Answer()
     try:
         flush = Flush(connection)
         if whole is not None:
             flush.add(db.sql.unchanged, {"run": transition.after.id, "seqs": [message.seq for message in whole]})
-        written = _queue(db, flush, transition, inbox)
+        written = _queue(db, flush, transition, inbox, journal)
         _queue_next(db, flush, transition, quiet=quiet)
         commit = flush.add(db.sql.commit)
+        if transition.ends or transition.replies:
+            flush.add(db.sql.tell, {"run": transition.after.id_text, "channel": db.ended_channel})
         await flush.send()
         went_through(commit)
     except BaseException as error:
         await abandon(connection)
-        with translated():
-            raise error
+        if commit.tag != "COMMIT" or not isinstance(error, psycopg.Error):
+            with translated():
+                raise error
+        log.warning("run %s: who waits for it was not told, and looks by himself: %s", transition.after.id, error)
     return _applied(transition, written)
 
 
 async def apply_and_relock(
-    db: Store, connection: Connection, transition: Transition, inbox: Iterable[Message] = ()
+    db: Store,
+    connection: Connection,
+    transition: Transition,
+    inbox: Iterable[Message] = (),
+    *,
+    journal: Container[str] | None = None,
 ) -> tuple[Applied, Committed]:
     """`apply`, COMMIT, BEGIN, and the lock for the next step, in one flush: what a burst does between two steps. No job
     is enqueued.
@@ -83,12 +107,12 @@ async def apply_and_relock(
     Raises, with no transaction left open, only if the transition was not committed. The run is not read again: at the
     revision just written it is ``transition.after``; at another one somebody took over, and there is no lock.
     """
-    run = {"run": transition.after.id}
+    run = {"run": transition.after.id_text}
     written: list[Answer] = []
     commit = Answer()
     try:
         flush = Flush(connection)
-        written = _queue(db, flush, transition, inbox)
+        written = _queue(db, flush, transition, inbox, journal)
         commit = flush.add(db.sql.commit_and_begin)
         row = flush.add(db.sql.relock, run)
         messages = flush.add(db.sql.inbox, run)
@@ -108,16 +132,20 @@ async def _relocked(db: Store, connection: Connection, run: Run, row: Answer, me
     return Committed(Locked(run, found[1], messages_of(db, messages.rows)))
 
 
-def _queue(db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message]) -> list[Answer]:
+def _queue(
+    db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message], journal: Container[str] | None
+) -> list[Answer]:
     """Queue all that there is to write, but for the next job. The answers are the entries' places in the journal."""
     before, after, sql, payloads = transition.before, transition.after, db.sql, db.payloads
     check_move(before, after)
     check_successor(transition)
-    run: dict[str, Any] = {"run": after.id}
+    run: dict[str, Any] = {"run": after.id_text}
     if transition.forget:
         flush.add(sql.forget, run | {"steps": list(transition.forget)})
     if transition.prune:
         flush.add(sql.prune, run | {"steps": list(transition.prune)})
+    if known := [entry.step_id for entry in transition.entries if journal is None or entry.step_id in journal]:
+        flush.add(sql.make_room, run | {"steps": known})
     written = _queue_move(db, flush, before, after, transition.entries)
     for attempt in transition.attempts:
         values = {
@@ -163,19 +191,19 @@ def _queue_next(db: Store, flush: Flush, transition: Transition, *, quiet: bool)
 def _queue_move(db: Store, flush: Flush, before: Run, after: Run, entries: Sequence[Entry]) -> list[Answer]:
     """The run's row, with the first entry in the same statement: most transitions have one, and nothing else."""
     changes = codec.run_changes(before, after, db.payloads)
-    values = changes | {"run": after.id, "before": before.revision}
+    values = changes | {"run": after.id_text, "before": before.revision}
     if not entries:
         flush.add(db.sql.move(tuple(changes), stepped=False), values)
         return []
     values |= codec.entry_values(entries[0], db.payloads)
     written = [flush.add(db.sql.move(tuple(changes), stepped=True), values)]
-    more = ({"run": after.id} | codec.entry_values(entry, db.payloads) for entry in entries[1:])
+    more = ({"run": after.id_text} | codec.entry_values(entry, db.payloads) for entry in entries[1:])
     return [*written, *(flush.add(db.sql.write, values) for values in more)]
 
 
 def _queue_inbox(db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message]) -> None:
     """What becomes of the messages: taken, answered, or at least seen."""
-    run: dict[str, Any] = {"run": transition.after.id}
+    run: dict[str, Any] = {"run": transition.after.id_text}
     taken, replies = transition.taken or {}, transition.replies or {}
     if taken:
         flush.add(db.sql.take, run | {"seqs": list(taken), "steps": list(taken.values())})
@@ -202,8 +230,8 @@ def _queue_successor(db: Store, flush: Flush, run: Run, successor: Successor) ->
 def _applied(transition: Transition, written: Sequence[Answer]) -> Applied:
     entries = []
     for entry, answer in zip(transition.entries, written, strict=True):
-        assert answer.row is not None  # refuse() or a seq
-        entries.append(replace(entry, seq=answer.row[0]))
+        assert answer.row is not None  # an error or a seq
+        entries.append(entry.placed(answer.row[0]))
     return Applied(tuple(entries))
 
 

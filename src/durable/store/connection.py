@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Generator
 from typing import Any, TypeAlias, TypeVar
 
-from psycopg import AsyncConnection, Error
-from psycopg.abc import PQGen
+from psycopg import AsyncConnection, Error, adapt
+from psycopg.abc import PQGen, Transformer
 from psycopg.pq.abc import PGconn
 from psycopg.rows import RowFactory, TupleRow
 from psycopg.waiting import Wait
@@ -25,11 +25,16 @@ Exchange: TypeAlias = Generator[Wait, None, T]
 
 
 class Connection(AsyncConnection[TupleRow]):
-    """A connection in autocommit mode of the engine's. `prepared`: statements that the server knows, by their names."""
+    """A connection in autocommit mode of the engine's.
+
+    - `prepared`: statements that the server knows, by their names.
+    - `adapt`: turns values into what is sent, and what comes into values. It learns how from the first exchanges.
+    """
 
     def __init__(self, pgconn: PGconn, row_factory: RowFactory[Any] | None = None) -> None:
         super().__init__(pgconn, *(() if row_factory is None else (row_factory,)))
         self.prepared: dict[Statement, bytes] = {}
+        self.adapt: Transformer = adapt.Transformer(self.adapters)  # of the connection itself it would make a cycle
         self._watching: asyncio.AbstractEventLoop | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._fd = -1

@@ -37,7 +37,7 @@ CONSTRAINTS: Final[Mapping[str, Callable[[str], Exception]]] = {
     "runs_successor": InternalError,
     "inbox_news": InboxNews,
     "runs_tags_check": lambda _: PayloadError("tags are an object of names and values", where="the tags"),
-    "journal_first_write_wins": JournalConflict,
+    "journal_pkey": JournalConflict,
 }
 """What breaking a constraint means. Any other one of ours is the engine's fault."""
 
@@ -52,6 +52,8 @@ def translate(error: psycopg.Error) -> Exception:
     if name is None:
         return error
     message = error.diag.message_primary or str(error)
+    if isinstance(error, psycopg.errors.UniqueViolation) and error.diag.message_detail:
+        message = f"{message}: {error.diag.message_detail}"  # the key: which run, and which step
     if name in CONSTRAINTS:
         return CONSTRAINTS[name](message)
     if isinstance(error, psycopg.errors.CheckViolation) and name.startswith(("runs_", "journal_", "inbox_")):

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any, Final, TypeAlias
 
 import psycopg
-from psycopg import abc, adapt, pq
+from psycopg import abc, pq
 from psycopg.abc import Buffer
 from psycopg.adapt import PyFormat
 from psycopg.pq import ConnStatus, ExecStatus
@@ -36,21 +36,38 @@ _numbers: Final = count(1)
 
 
 class Answer:
-    """What one statement came to. Empty until its flush has been sent, and if it was not executed.
+    """What one statement came to. Empty until its flush has been sent, and if it was not executed."""
 
-    - `tag`: the server's word for what was done: ``COMMIT``, ``SELECT 1``.
-    """
-
-    __slots__ = ("rows", "tag")
+    __slots__ = ("_adapt", "_result")
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.tag: str | None = None
+        self._result: PGresult | None = None
+
+    def fill(self, result: PGresult, adapt: abc.Transformer) -> None:
+        """The server has executed it."""
+        self._result, self._adapt = result, adapt
+
+    @property
+    def tag(self) -> str | None:
+        """The server's word for what was done: ``COMMIT``, ``SELECT 1``."""
+        tag = self._result.command_status if self._result is not None else None
+        return tag.decode() if tag is not None else None
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows; read from the answer each time."""
+        return self._load(self._result.ntuples) if self._result is not None else []
 
     @property
     def row(self) -> Row | None:
         """The first row, if there is one."""
-        return self.rows[0] if self.rows else None
+        return self._load(1)[0] if self._result is not None and self._result.ntuples else None
+
+    def _load(self, rows: int) -> list[Row]:
+        if not rows:
+            return []
+        self._adapt.set_pgresult(self._result)
+        return self._adapt.load_rows(0, rows, tuple)
 
 
 class Flush:
@@ -58,7 +75,7 @@ class Flush:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._adapt: abc.Transformer = adapt.Transformer(connection)
+        self._adapt = connection.adapt
         self._queued: list[tuple[Statement, Sequence[Buffer | None], Answer]] = []
 
     def add(self, statement: Statement, values: Mapping[str, Any] | None = None) -> Answer:
@@ -109,7 +126,7 @@ def _exchange(
                 first = first or _error(result)
             result = yield from _result(pgconn)
             if result.status in _GOOD:
-                _fill(answer, result, adapt)
+                answer.fill(result, adapt)
             else:
                 first = first or _error(result)
         if known and first is not None and first.sqlstate in _OUT_OF_DATE:
@@ -149,14 +166,6 @@ def _result(pgconn: PGconn, *, last: bool = False) -> Exchange[PGresult]:
             yield Wait.R
         pgconn.get_result()
     return result
-
-
-def _fill(answer: Answer, result: PGresult, adapt: abc.Transformer) -> None:
-    tag = result.command_status
-    answer.tag = tag.decode() if tag is not None else ""
-    if result.status == ExecStatus.TUPLES_OK and result.ntuples:
-        adapt.set_pgresult(result)
-        answer.rows = adapt.load_rows(0, result.ntuples, tuple)
 
 
 def _error(result: PGresult) -> psycopg.Error | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, Final
@@ -41,12 +41,6 @@ insert into {schema}.progress (run_id, step_id, body, at) values (%(run)s, %(ste
 on conflict (run_id, step_id) do update set body = excluded.body, at = excluded.at
 """)
 
-    notify_ended = statement("""
--- tell who waits for the end of these runs
-with gone as (delete from {schema}.waiters where run_id = any (%(ids)s) returning run_id)
-select pg_notify(%(channel)s, run_id::text) from (select distinct run_id from gone) as ended
-""")
-
 
 @lru_cache
 def statements(schema: str) -> NudgeSql:
@@ -80,9 +74,3 @@ async def report(db: Store, connection: Connection, said: Mapping[tuple[uuid.UUI
         values = {"run": run_id, "step": step_id, "body": db.payloads.dump(body)}
         flush.add(statements(db.schema).report, values)
     await flush.send()
-
-
-async def notify_ended(db: Store, connection: Connection, ids: Collection[uuid.UUID]) -> None:
-    """Wake those who wait for the end of these runs: after the ending commit, never inside it."""
-    values = {"channel": db.ended_channel, "ids": list(ids)}
-    await connection.execute(statements(db.schema).notify_ended, values)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Literal, TypeAlias
 
 import psycopg
 from psycopg.pq import TransactionStatus
 
+from durable.core.frozen import value
 from durable.core.journal import Journal
 from durable.core.state import Message, Run
 from durable.store import codec
@@ -31,7 +31,7 @@ Mode: TypeAlias = Literal["wait", "skip"]
 ROLLBACK: Final = Statement.of("rollback")
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Locked:
     """A run whose row this transaction holds, the time at which it was locked, and its untaken messages. `journal`: if
     it was asked for."""
@@ -42,7 +42,7 @@ class Locked:
     journal: Journal | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Committed:
     """COMMIT went through. `locked` is None if the run could not be locked again: `error` says why, if there was one;
     no transaction is open then."""

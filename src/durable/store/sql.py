@@ -15,44 +15,35 @@ from durable.store.query import Statement, Statements, statement
 _NOW: Final = "clock_timestamp() + (select ahead from {schema}.clock)"
 
 # The update stands first: what belongs to it is written only for a run that has moved.
-_MOVED: Final = """
--- the run becomes what the transition says, if it still is what the transition was made from
+_UPDATE: Final = """
 with moved as (
   update {schema}.runs set {changes} where id = %(run)s and revision = %(before)s returning id
 )
-select case when not exists (select from moved) then {schema}.refuse(
+"""
+
+_STALE: Final = """{schema}.refuse(
   'runs_revision', 'run ' || %(run)s || ' is no longer at revision ' || %(before)s
-) end
-"""
-
-_ENTRY: Final = f"""
-  insert into {{schema}}.journal
-    (run_id, step_id, kind, status, result, error, attempt, started_at, finished_at, parent, extra)
-  select moved.id, %(step_id)s::text, %(kind)s::text, %(entry_status)s::text, %(result)s::json, %(entry_error)s::json,
-    %(attempt)s::int, %(began_at)s::timestamptz, coalesce(%(ended_at)s::timestamptz, {_NOW}), %(parent)s::text,
-    %(extra)s::jsonb
-  from moved
-  on conflict (run_id, step_id) do update set
-    seq = default, kind = excluded.kind, status = excluded.status, result = excluded.result, error = excluded.error,
-    attempt = excluded.attempt, started_at = excluded.started_at, finished_at = excluded.finished_at,
-    parent = excluded.parent, extra = excluded.extra
-  where journal.status = 'suspended'
-  returning seq
-"""
-
-_FIRST_WRITE_WINS: Final = """coalesce(
-  (select seq from written),
-  {schema}.refuse('journal_first_write_wins', 'run ' || %(run)s || ' has an entry of ' || %(step_id)s || ' already')
 )"""
 
+_COLUMNS: Final = "step_id, kind, status, result, error, attempt, started_at, finished_at, parent, extra"
+_VALUES: Final = (
+    "%(step_id)s, %(kind)s, %(entry_status)s, %(result)s, %(entry_error)s, %(attempt)s, %(began_at)s, %(ended_at)s, "
+    "%(parent)s, %(extra)s"
+)
+
+_MOVED: Final = f"""
+-- the run becomes what the transition says, if it still is what the transition was made from
+{_UPDATE.strip()}
+select case when not exists (select from moved) then {_STALE} end
+"""
+
+# With no `on conflict`, which would cost each entry more than `make_room` costs the few that need it.
 _MOVED_BY_STEP: Final = f"""
--- the same, with the entry of the step that moved it: the first write wins, but for a suspended step's own
-with moved as (
-  update {{schema}}.runs set {{changes}} where id = %(run)s and revision = %(before)s returning id
-), written as ({_ENTRY})
-select case when exists (select from moved) then {_FIRST_WRITE_WINS} else {{schema}}.refuse(
-  'runs_revision', 'run ' || %(run)s || ' is no longer at revision ' || %(before)s
-) end
+-- the same, with the entry of the step that moved it: the first write wins
+{_UPDATE.strip()}
+insert into {{schema}}.journal (run_id, {_COLUMNS})
+values (coalesce((select id from moved), {_STALE}), {_VALUES})
+returning seq
 """
 
 
@@ -135,6 +126,12 @@ where message.run_id = %(run)s and message.seq = answer.seq and message.replied_
             made = self._moves[stepped, changed] = self.statement(text.strip())
         return made
 
+    tell = statement("""
+-- who waits for news of the run is told: after the commit, for commits that notify are serialised
+with told as (delete from {schema}.waiters where run_id = %(run)s returning run_id)
+select pg_notify(%(channel)s, run_id::text) from told
+""")
+
     forget = statement("""
 -- a retried run forgets the failures that ended it: from the journal they move to the failed attempts
 with forgotten as (
@@ -150,10 +147,14 @@ where kind in ('step', 'branch', 'iteration', 'choice', 'result')
 delete from {schema}.journal where run_id = %(run)s and step_id = any(%(steps)s)
 """)
 
+    make_room = statement("""
+-- the entry of a suspended step goes, for what became of it; no other is ever replaced
+delete from {schema}.journal where run_id = %(run)s and step_id = any(%(steps)s) and status = 'suspended'
+""")
+
     write = statement(f"""
 -- one more entry
-with moved as (select %(run)s::uuid as id), written as ({_ENTRY})
-select {_FIRST_WRITE_WINS}
+insert into {{schema}}.journal (run_id, {_COLUMNS}) values (%(run)s, {_VALUES}) returning seq
 """)
 
     attempt = statement("""

@@ -19,6 +19,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from durable.core.state import View
 from durable.engine import recover
 from durable.engine.points import Hook, Point, nothing
 from durable.portal import Portal
@@ -128,8 +129,8 @@ class AsyncHarness:
         assert isinstance(manager, LastingJobManager)
         await manager.done(job)
 
-    def _stop_here(self, point: Point, what: str) -> None:
-        self._at(point, what)
+    def _stop_here(self, point: Point, view: View | None) -> None:
+        self._at(point, view)
         if self._crashed or self._limit_reached(point) or self._to_die_at(point):
             self._crashed = True
             raise SimulatedCrash
