@@ -63,6 +63,7 @@ from durable.errors import (
 )
 from durable.handles import AsyncRun, ResumeResult, Run, Start, StartOptions
 from durable.portal import Portal, close_at_exit, refuse_running_loop
+from durable.queue import ADVANCE
 from durable.snapshots import ErrorInfo, HistoryEvent, Page, RunSnapshot
 from durable.store import operations, read, sweep
 from durable.store.codec import MAX_PAYLOAD, Codec
@@ -74,6 +75,7 @@ from durable.working import in_background, new_worker, until_started, work, work
 
 if TYPE_CHECKING:
     from durable.worker import Worker
+    from durable.worker.serving import LastingWorker
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -144,6 +146,7 @@ class AsyncDurable(Defining):
         self.store = Store("", schema=wanted.schema, codec=arguments.codec(codec), max_payload=limit)
         self._definitions = Definitions(workflows, imports)
         self._connecting = Connecting(wanted, self.store, self._definitions.known, self.hooks)
+        self._serving: dict[asyncio.AbstractEventLoop, LastingWorker] = {}
 
     # ---------------------------------------------------------------- life
 
@@ -229,9 +232,13 @@ class AsyncDurable(Defining):
         """
         options = Start(input, key, tags, id, priority, delay, timeout)
         run = self._starting(required(self.registry, workflow, version), options)
-        query = operations.start(self.store, run)
-        found = await self._write(query, connection, repeat=True)
-        return AsyncRun(self, _same(found, run), uncommitted=connection is not None)
+        if connection is not None:
+            found = await self._write(operations.start(self.store, run), connection)
+        else:
+            found = await self._on_connection(lambda its: self._start(run, its), repeat=True)
+        handle = AsyncRun[Any](self, _same(found, run), uncommitted=connection is not None)
+        handle._begun = found.job is not None
+        return handle
 
     async def start_many(
         self,
@@ -468,11 +475,12 @@ class AsyncDurable(Defining):
         `timeout`: seconds or a timedelta. Raises RunFailed, RunCanceled, TimeoutError; RunNotFound.
         """
         id_, limit = _id(run_id), arguments.span(timeout, "timeout")
+        uncommitted = begun = False
+        if not isinstance(run_id, RunId):
+            uncommitted, begun, run_id._begun = run_id.uncommitted, run_id._begun, False
         link = await self._connecting.link()
         outcome = await link.endings.outcome(
-            id_,
-            None if limit is None else limit.total_seconds(),
-            uncommitted=not isinstance(run_id, RunId) and run_id.uncommitted,
+            id_, None if limit is None else limit.total_seconds(), uncommitted=uncommitted, begun=begun
         )
         if outcome.status is not Status.COMPLETED:
             raise _not_completed(outcome)
@@ -586,7 +594,29 @@ class AsyncDurable(Defining):
         if connection is not None:
             with _explained(self.schema):
                 return await operations.execute_async(query, connection)
-        return await self._on_connection(lambda its: operations.execute_async(query, its), repeat=repeat)
+        return await self._on_connection(lambda its: operations.execute_own(query, its), repeat=repeat)
+
+    async def _start(self, run: operations.Start, its: Connection) -> Started:
+        """Start a run. If a worker of this app has nothing else to do on this event loop, it takes it up with that."""
+        serving = self._serving.get(asyncio.get_running_loop())
+        if serving is not None and (seat := serving.seat()) is not None:
+            with seat, suppress(psycopg.errors.ForeignKeyViolation):  # the queue has forgotten that worker meanwhile
+                found = await operations.execute_own(operations.start(self.store, run, worker=seat.worker), its)
+                if found.job is not None:  # it is a new run, and begins now
+                    seat.take(found.job, run.queue, ADVANCE, {"run_id": str(found.id), "revision": 0})
+                return found
+        return await operations.execute_own(operations.start(self.store, run), its)
+
+    @contextmanager
+    def _worked_by(self, serving: LastingWorker) -> Iterator[None]:
+        """In this block the worker takes up what this app starts on this event loop."""
+        loop = asyncio.get_running_loop()
+        self._serving[loop] = serving
+        try:
+            yield
+        finally:
+            if self._serving.get(loop) is serving:
+                del self._serving[loop]
 
     async def _on_connection(self, do: Callable[[Connection], Awaitable[T]], *, repeat: bool) -> T:
         """With a connection of the pool. `repeat`: once more if it was lost, for what may be done twice."""
@@ -604,15 +634,12 @@ class AsyncDurable(Defining):
         """Cancel, pause and the like: asked anew if the connection was lost; they say what is to be, not a change."""
         link = await self._connecting.link()
         try:
-            answer = await ask(link.desk)
+            return await ask(link.desk)
         except psycopg.OperationalError as error:
             if isinstance(error, PoolTimeout):
                 raise
             await link.pool.check()
-            answer = await ask(link.desk)
-        with suppress(psycopg.Error):
-            await link.desk.tell_ends()
-        return answer
+            return await ask(link.desk)
 
     async def _request_at_end(self, id_: uuid.UUID, ask: Callable[[Desk, uuid.UUID], Awaitable[bool]]) -> bool:
         """A run that goes on as another one (``continue_as_new``), also just now, is asked there."""

@@ -1,9 +1,9 @@
 """Waiting for the end of runs, and for replies: told by the database, with a look once a second in case that gets lost.
 
-One connection an event loop listens. A waiter first makes sure of it, then registers, then looks, then waits: what ends
-after the look is told, what ended before it was seen. Behind a transaction pooler, or after a lost connection, the look
-alone serves. While a run is waited for, no connection of the pool is held. A run that went on as another one
-(``continue_as_new``) is waited for there.
+One connection an event loop listens. A waiter first makes sure of it, then registers, then looks (in one flush, with a
+commit between the two), then waits: what ends after the look is told, what ended before it was seen. Behind a
+transaction pooler, or after a lost connection, the look alone serves. While a run is waited for, no connection of the
+pool is held. A run that went on as another one (``continue_as_new``) is waited for there.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ class Endings:
         self._heard = 0  # how many connections have listened
         self._next_try = 0.0
 
-    async def outcome(self, run_id: uuid.UUID, timeout: float | None, *, uncommitted: bool = False) -> Outcome:
-        """How the run ended, once it has, or the one that it went on as. Raises RunNotFound, unless its start may still
-        commit; TimeoutError."""
-        found = await self._read(run_id)
+    async def outcome(
+        self, run_id: uuid.UUID, timeout: float | None, *, uncommitted: bool = False, begun: bool = False
+    ) -> Outcome:
+        """How the run ended, once it has, or the one that it went on as. `begun`: this process has just done that, so
+        it is hardly over yet. Raises RunNotFound, unless its start may still commit; TimeoutError."""
         with self._waiter(run_id, timeout) as waiter:
+            found = await (waiter.look(run_id) if begun else self._read(run_id))
             while found is None or not found.status.ended:
                 if found is None and not uncommitted:
                     raise RunNotFound(run_id)
                 if waiter.late:
                     raise TimeoutError(await self._why(run_id, timeout, found))
                 try:
-                    at = found.id if found is not None else run_id
-                    await waiter.rest(at, LOOK)
-                    found = await self._read(at)
+                    found = await waiter.look(found.id if found is not None else run_id)
                     await waiter.hint(found)
                 except LOST as error:
                     await waiter.lost(error)
@@ -106,10 +106,10 @@ class Endings:
             with suppress(asyncio.CancelledError):
                 await self._ear
 
-    async def _read(self, run_id: uuid.UUID) -> Outcome | None:
+    async def _read(self, run_id: uuid.UUID, *, waiter: uuid.UUID | None = None) -> Outcome | None:
         async with self._borrow() as connection:
             try:
-                return await read.outcome(self._store, connection, run_id)
+                return await read.outcome(self._store, connection, run_id, waiter=waiter)
             except RunNotFound:
                 return None
 
@@ -135,6 +135,10 @@ class Endings:
         self._waiting[run_id].add(told)
         async with self._borrow() as connection:
             await sweep.register_waiter(self._store, connection, run_id, self._id)
+
+    async def _register_and_read(self, run_id: uuid.UUID, told: asyncio.Event) -> Outcome | None:
+        self._waiting[run_id].add(told)
+        return await self._read(run_id, waiter=self._id)
 
     # ---------------------------------------------------------------- being told
 
@@ -211,18 +215,38 @@ class _Waiter:
         """Whether the time is up."""
         return self._now() >= self._end
 
+    async def look(self, at: uuid.UUID) -> Outcome | None:
+        """How the run `at` stands, once there may be something new of it, or after a while. The first look is at once,
+        and makes sure that there is somebody to tell; so does the one after each time that it was told."""
+        if await self._registered(at):
+            await self._until_told(LOOK)
+            return await self._endings._read(at)
+        found = await self._endings._register_and_read(at, self.told)
+        self._heed()
+        return found
+
     async def rest(self, at: uuid.UUID, seconds: float) -> None:
-        """Until there may be something new of the run `at`, or for `seconds`. Look then: the first rest only makes sure
-        that there is somebody to tell, and so does the one after each time that it was told."""
+        """The same for who looks at something else of the run: to be done when this returns."""
+        if await self._registered(at):
+            await self._until_told(seconds)
+        else:
+            await self._endings._register(at, self.told)
+            self._heed()
+
+    async def _registered(self, at: uuid.UUID) -> bool:
+        """Whether somebody is told of the run `at`. If not, it is to be registered now."""
         listening = await self._endings._listen()
         if at != self.at:
             self._endings._forget(self.at, self.told)
-        if (at, listening) != (self.at, self._listening):
-            self.at, self._listening = at, listening
-            await self._endings._register(at, self.told)
-        else:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.told.wait(), self._at_most(seconds))
+        known, (self.at, self._listening) = (self.at, self._listening), (at, listening)
+        return known == (at, listening)
+
+    async def _until_told(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.told.wait(), self._at_most(seconds))
+        self._heed()
+
+    def _heed(self) -> None:
         if self.told.is_set():
             self.told.clear()
             self._listening = None  # whoever is told is no longer registered

@@ -15,7 +15,6 @@ import psycopg
 import pytest
 
 from durable import AsyncDurable, NonRetryable, Retry, RunCanceled, RunFailed, StepContext, define, waiting
-from durable.store import sweep
 from durable.testing import AsyncHarness
 from durable.values import Status
 
@@ -140,13 +139,13 @@ async def test_what_ends_between_listening_and_registering_is_seen(
 ) -> None:
     """The lost wake-up: nobody is registered when the run ends, so nobody is told. It looks after it has registered."""
     run = await app.start(working)
-    register = sweep.register_waiter
+    register = waiting.Endings._register_and_read
 
-    async def ends_first(*args: Any) -> None:
+    async def ends_first(*args: Any) -> Any:
         await harness.drain()
-        await register(*args)
+        return await register(*args)
 
-    monkeypatch.setattr(sweep, "register_waiter", ends_first)
+    monkeypatch.setattr(waiting.Endings, "_register_and_read", ends_first)
     assert await run.result(timeout=HOURS) == {"work": 1}
 
 

@@ -228,7 +228,7 @@ async def rows_looked_at(queue: Queue, wanted: int) -> float:
     """How many jobs the fetch read, whether it took them or not; it takes them."""
     values = {"performed": [], "performers": [], "queues": [QUEUE], "wanted": wanted, "worker": queue.manager.worker}
     (row,) = await queue.manager.connector.execute_query_all_async(
-        "explain (analyze, format json) " + EXCHANGE, **values
+        "explain (analyze, format json) " + EXCHANGE.decode(), **values
     )
     (plan,) = row.values()
     todo = [(plan if isinstance(plan, list) else json.loads(plan))[0]["Plan"]]

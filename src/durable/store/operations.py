@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar, cast
 
 import psycopg
@@ -23,9 +24,12 @@ from psycopg.rows import tuple_row
 from durable.core.state import MessageKind
 from durable.define.payload import canonical_hash
 from durable.errors import PayloadError
+from durable.store import flush
 from durable.store.codec import clean
+from durable.store.connection import Connection
 from durable.store.db import Store
 from durable.store.errors import translated
+from durable.store.query import Statement
 from durable.values import JsonText
 
 T = TypeVar("T")
@@ -62,11 +66,13 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The run that is there now. If it was not `created`, `same` says whether workflow, version and input are equal."""
+    """The run that is there now. If it was not `created`, `same` says whether workflow, version and input are equal.
+    `job`: what the worker that was named has in hand."""
 
     id: uuid.UUID
     created: bool
     same: bool
+    job: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +83,23 @@ class Forked:
     steps: tuple[str, ...] = ()
 
 
-def start(db: Store, run: Start) -> Query[Started]:
-    """Start one run. Raises PayloadError for an input over the limit."""
+def start(db: Store, run: Start, *, worker: int | None = None) -> Query[Started]:
+    """Start one run. `worker`: the queue's id of the one in this process that begins it at once. Raises PayloadError
+    for an input over the limit."""
     sql = f"""
-select id, created, same from "{db.schema}".start_run(
+select id, created, same, job from "{db.schema}".start_run(
   p_id => cast(%(id)s as uuid), p_workflow => cast(%(workflow)s as text), p_version => cast(%(version)s as text),
   p_input => cast(%(input)s as json), p_input_hash => cast(%(input_hash)s as text),
   p_queue => cast(%(queue)s as text), p_key => cast(%(key)s as text), p_tags => cast(%(tags)s as jsonb),
   p_priority => cast(%(priority)s as int), p_delay => cast(%(delay)s as interval),
-  p_timeout => cast(%(timeout)s as interval)
+  p_timeout => cast(%(timeout)s as interval), p_worker => cast(%(worker)s as bigint)
 )"""
     params = _started(db, run) | {
         "id": run.id,
         "tags": json.dumps(_tags(run)),
         "delay": run.delay,
         "timeout": run.timeout,
+        "worker": worker,
     }
     return Query(sql, params, lambda rows: Started(*rows[0]))
 
@@ -226,6 +234,13 @@ async def execute_async(query: Query[T], connection: Any) -> T:
     raise _refused(connection, "AsyncDurable", "async", _sync(connection), "Durable")
 
 
+async def execute_own(query: Query[T], connection: Connection) -> T:
+    """On a connection of the app's own, which nobody else uses meanwhile: in one flush."""
+    with translated():
+        return query.read((await flush.send(connection, _statement(query.sql), query.params)).rows)
+
+
+_statement = lru_cache(Statement.of)
 _NO_TEXT: Final = "a NUL or half a surrogate pair can't be stored"
 _SYNC: Final = (("sqlalchemy", "Connection"), ("sqlalchemy.orm", "Session"), ("sqlalchemy.orm", "scoped_session"))
 _ASYNC: Final = tuple(

@@ -25,12 +25,14 @@ from psycopg.rows import dict_row
 from durable.core.state import Begun, EntryKind
 from durable.errors import ConfigurationError, RunNotFound
 from durable.snapshots import DERIVED, ErrorInfo, HistoryEvent, Page, RunSnapshot, StepSnapshot
-from durable.store import codec
+from durable.store import codec, sweep
 from durable.store.codec import Payloads
 from durable.store.connection import Connection
 from durable.store.db import Store
+from durable.store.flush import Flush
 from durable.store.history import Sources, compose, error_info, parent_of, with_beginnings
 from durable.store.query import Statements, statement
+from durable.store.runs import abandon
 from durable.values import JsonText, Status, WaitingFor
 
 Totals: TypeAlias = Callable[[str, str], int | None]
@@ -247,22 +249,38 @@ async def revision_of(db: Store, connection: Connection, run_id: uuid.UUID) -> i
     return rows[0]["revision"] if rows else None
 
 
-async def outcome(db: Store, connection: Connection, run_id: uuid.UUID) -> Outcome:
+async def outcome(db: Store, connection: Connection, run_id: uuid.UUID, *, waiter: uuid.UUID | None = None) -> Outcome:
     """What `result` needs, of the end of the run's chain. A result is what a body or ``result=fn`` gave, else ``{node:
-    result}``: texts, which nobody parses."""
-    rows = await _rows(connection, statements(db.schema).outcome, id=run_id)
+    result}``: texts, which nobody parses.
+
+    `waiter`: asks to be told of the run's end. That is committed before the run is read, in the same flush: an end that
+    is not seen here is told.
+    """
+    flush = Flush(connection)
+    if waiter is not None:
+        flush.add(db.sql.begin)
+        flush.add(sweep.statements(db.schema).register_waiter, {"id": run_id, "waiter": waiter})
+        flush.add(db.sql.commit)
+    answer = flush.add(statements(db.schema).outcome, {"id": run_id})
+    try:
+        await flush.send()
+    except BaseException:
+        await abandon(connection)
+        raise
+    rows = answer.rows
     if not rows:
         raise RunNotFound(run_id)
-    first = rows[0]
+    first = dict(zip(_OUTCOME, rows[0], strict=True))
     result: JsonText | None = None
     if first["status"] == Status.COMPLETED:
-        texts = {
-            row["step_id"]: row["result"] for row in rows if row["kind"] in NODES or row["step_id"] == "run:result"
-        }
+        texts = {step: text for *_, step, kind, text in rows if kind in NODES or step == "run:result"}
         read = {name: "null" if text is None else db.payloads.decode(text) for name, text in texts.items()}
         named = ",".join(f"{json.dumps(name, ensure_ascii=False)}:{text}" for name, text in read.items())
         result = read.get("run:result", "{" + named + "}")
     return replace(_outcome(first, db.payloads), result=result)
+
+
+_OUTCOME: Final = ("id", "status", "workflow", "version", "queue", "error", "reason", "step_id", "kind", "result")
 
 
 async def answer(db: Store, connection: Connection, run_id: uuid.UUID, message_id: str) -> Answer:

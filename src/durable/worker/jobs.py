@@ -2,9 +2,9 @@
 
 procrastinate's own loops end at the first error of the database (a fetch that fails ends the worker, a listener or
 heartbeat that fails stops it with exit code 0), and a finish that fails leaves its job `doing` for ever. Here each of
-them is tried again until the database answers. Jobs are fetched and finished many at a time, by one statement, on
-connections in autocommit mode without a check on checkout, and commit asynchronously: what gets lost by that is
-delivered twice, which changes nothing.
+them is tried again until the database answers. Jobs are fetched and finished many at a time, by one statement, on a
+connection of the worker's own, which commits asynchronously: what gets lost by that is delivered twice, which changes
+nothing. Heartbeats and the listener have procrastinate's connections: in autocommit mode, without a check on checkout.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, Final
 
 import procrastinate
@@ -33,16 +33,21 @@ from durable.queue import ADVANCE, COMPENSATE, RING
 from durable.queue_schema import NOT_FOR_FETCH
 from durable.store.connection import Connection
 from durable.store.db import Store, connection_settings
+from durable.store.flush import Row, send
+from durable.store.query import Statement
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS: Final = 4
+NAME: Final = "durable queue"
+"""What the queue's connections call themselves."""
+CONNECTIONS: Final = 3
+"""Of procrastinate's, at most: one listens."""
 FINISH_TRIES: Final = 4
 """How often a job that was performed is finished until that is left to recovery."""
 
 # What procrastinate's own functions for a fetch and a finish do, for many jobs, in one round trip. `done` and the fetch
 # see the queue as it was before: a job whose lock one of `performed` had is seen by the next fetch.
-EXCHANGE: Final = """
+EXCHANGE: Final = Statement.of("""
 -- finish jobs that were performed, and fetch others
 with done as (
   delete from procrastinate_jobs where id in (
@@ -65,8 +70,8 @@ with done as (
   for update of job skip locked
 )
 update procrastinate_jobs job set status = 'doing', worker_id = %(worker)s from next where job.id = next.id
-returning job.*
-"""
+returning job.id, job.priority, job.queue_name, job.task_name, job.args, job.worker_id
+""")
 
 # For the statement above, as in the queue's own functions: nothing of it may cost more when more jobs wait.
 SETTINGS: Final = {"synchronous_commit": "off", "plan_cache_mode": "force_generic_plan", "jit": "off"} | dict.fromkeys(
@@ -78,26 +83,62 @@ def queue_app(store: Store) -> procrastinate.App:
     """procrastinate on our schema."""
 
     async def configure(connection: Connection) -> None:
-        await connection.set_autocommit(True)  # as a connection setting it would break the listener
-        path = {"search_path": f"{sql.Identifier(store.schema).as_string()}, public"}
-        settings = (sql.SQL("set_config({}, {}, false)").format(*item) for item in (path | SETTINGS).items())
-        await connection.execute(sql.SQL("select {}").format(sql.SQL(", ").join(settings)))
+        await _configure(store, connection)
 
     def pool(**settings: Any) -> AsyncConnectionPool[Any]:
         settings.pop("check", None)
         return AsyncConnectionPool(**settings)
 
-    connector = procrastinate.PsycopgConnector(
+    connector = Connector(
+        store,
         pool_factory=pool,
         conninfo=store.dsn,
         min_size=1,
         max_size=CONNECTIONS,
         configure=configure,
-        kwargs=connection_settings(store.dsn, "durable queue"),
+        kwargs=connection_settings(store.dsn, NAME),
     )
     app = procrastinate.App(connector=connector)
     app.job_manager = LastingJobManager(connector)
     return app
+
+
+async def _configure(store: Store, connection: Connection) -> None:
+    await connection.set_autocommit(True)  # as a connection setting it would break the listener
+    path = {"search_path": f"{sql.Identifier(store.schema).as_string()}, public"}
+    settings = (sql.SQL("set_config({}, {}, false)").format(*item) for item in (path | SETTINGS).items())
+    await connection.execute(sql.SQL("select {}").format(sql.SQL(", ").join(settings)))
+
+
+class Connector(procrastinate.PsycopgConnector):
+    """procrastinate's, and beside its pool one connection that stays open, for the exchange of jobs."""
+
+    def __init__(self, store: Store, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._store = store
+        self._own: Connection | None = None
+        self._turn = asyncio.Lock()  # a connection answers one at a time
+
+    async def exchange(self, values: Mapping[str, Any]) -> list[Row]:
+        """What EXCHANGE answers. Raises what the server refuses; a connection that was lost is made anew next time."""
+        async with self._turn:
+            if self._own is None or self._own.closed:
+                self._own = await self._connect()
+            return (await send(self._own, EXCHANGE, values)).rows
+
+    async def close_async(self) -> None:
+        if self._own is not None:
+            await self._own.close()
+        await super().close_async()
+
+    async def _connect(self) -> Connection:
+        connection = await Connection.connect(self._store.dsn, **connection_settings(self._store.dsn, NAME))
+        try:
+            await _configure(self._store, connection)
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
 
 
 def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaitable[object]]) -> None:
@@ -112,7 +153,7 @@ def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaita
                     await job(engine, *given)
                 except engine.DATABASE_ERRORS as error:
                     log.warning("run %s: left to recovery after: %s: %s", run_id, type(error).__name__, error)
-            engine.at(Point.BEFORE_FINISH, "-")
+            engine.at(Point.BEFORE_FINISH, None)
 
         app.task(name=name)(perform)
 
@@ -124,6 +165,7 @@ def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaita
 class LastingJobManager(JobManager):
     """Tries again where procrastinate's gives up. `worker` is the id under which its jobs are marked `doing`."""
 
+    connector: Connector
     worker: int | None = None
     registered: Callable[[], Awaitable[None]] | None = None
 
@@ -141,23 +183,21 @@ class LastingJobManager(JobManager):
         Finished is deleted, but only what still is in the hands that it was fetched by, or in nobody's since this
         worker was taken for dead. None: the database did not answer, a moment ago; nothing is known of either.
         """
+        values = {
+            "performed": [job.id for job in performed],
+            "performers": [job.worker_id for job in performed],
+            "queues": list(queues) if queues is not None else None,
+            "wanted": wanted,
+            "worker": self.worker,
+        }
         try:
-            rows = await self.connector.execute_query_all_async(
-                EXCHANGE,
-                performed=[job.id for job in performed],
-                performers=[job.worker_id for job in performed],
-                queues=list(queues) if queues is not None else None,
-                wanted=wanted,
-                worker=self.worker,
-            )
-        except exceptions.ConnectorException as error:
-            if isinstance(error.__cause__, errors.ForeignKeyViolation):
-                await self._come_back()
-                return None
-            log.warning("cannot fetch or finish jobs: %s", _cause(error))
+            return _urgent_first(await self.connector.exchange(values))
+        except errors.ForeignKeyViolation:
+            await self._come_back()
+        except DatabaseError as error:
+            log.warning("cannot fetch or finish jobs: %s", error)
             await asyncio.sleep(0.5)
-            return None
-        return sorted(map(queue_jobs.Job.from_row, rows), key=lambda job: (-job.priority, job.id))
+        return None
 
     async def fetch_job(self, queues: Iterable[str] | None, worker_id: int) -> queue_jobs.Job | None:
         """One job, if there is one and the database answers."""
@@ -200,6 +240,28 @@ class LastingJobManager(JobManager):
             await super().unregister_worker(self.worker or worker_id)
         except exceptions.ConnectorException as error:
             log.warning("cannot unregister from the queue: %s", _cause(error))
+
+
+def _urgent_first(rows: list[Row]) -> list[queue_jobs.Job]:
+    """The jobs that EXCHANGE fetched."""
+    return [
+        in_hands(number, queue, task, given, worker)
+        for number, _, queue, task, given, worker in sorted(rows, key=lambda row: (-row[1], row[0]))
+    ]
+
+
+def in_hands(number: int, queue: str, task: str, given: dict[str, Any], worker: int) -> queue_jobs.Job:
+    """A job that is marked as this worker's."""
+    return queue_jobs.Job(
+        id=number,
+        queue=queue,
+        task_name=task,
+        task_kwargs=given,
+        worker_id=worker,
+        status="doing",
+        lock=None,
+        queueing_lock=None,
+    )
 
 
 def _cause(error: BaseException) -> str:

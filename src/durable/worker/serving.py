@@ -4,6 +4,9 @@ There, each job costs a fetch, a finish, and records for the log. Here one state
 that were performed meanwhile and fetches one for each free slot. So the busier the worker is, the more jobs share a
 statement; a slot is free as soon as its job is over, whatever the queue knows of it; and what waits to be finished is
 never more than what one statement fetched.
+
+While nothing waits in the queue, who inserts a job in this process may have it begun here with the commit, without a
+fetch: it takes a `Seat`, and inserts the job as one that this worker has fetched.
 """
 
 from __future__ import annotations
@@ -12,14 +15,14 @@ import asyncio
 import logging
 import time
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final, Self
 
 import procrastinate
 from procrastinate import jobs as queue_jobs
 from procrastinate.job_context import JobContext
 from procrastinate.worker import Worker as QueueWorker
 
-from durable.worker.jobs import FINISH_TRIES, LastingJobManager
+from durable.worker.jobs import FINISH_TRIES, LastingJobManager, in_hands
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,27 @@ POLLING: Final = 5.0
 earlier: by the look around that a worker takes once a second."""
 GATHERING: Final = 0.005
 """Seconds for which a worker that has much in hand lets ended jobs gather: for one statement, instead of one each."""
+
+
+class Seat:
+    """A slot that is kept for a job which is about to be inserted, as fetched by `worker`: ``with seat: ...``.
+
+    `take` it once that is committed; else the slot is free again after the block.
+    """
+
+    def __init__(self, serving: LastingWorker, worker: int) -> None:
+        self._serving, self.worker, self._taken = serving, worker, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._serving.leave(taken=self._taken)
+
+    def take(self, job: int, queue: str, task: str, given: dict[str, Any]) -> None:
+        """The job is in the queue, in this worker's name: begin it."""
+        self._taken = True
+        self._serving.begin(in_hands(job, queue, task, given, self.worker))
 
 
 class LastingWorker(QueueWorker):
@@ -53,6 +77,8 @@ class LastingWorker(QueueWorker):
         self._batch = min(fetch_batch or concurrency, concurrency)
         self._worth_a_look = min(self._batch, concurrency // 2)
         self._performed: list[queue_jobs.Job] = []
+        self._seats = 0  # that are kept
+        self._all_fetched = False  # nothing was left in the queue by the last look
 
     async def serve(self) -> None:
         """Work; returns when nothing is in hand any more, and the queue knows of all that was performed."""
@@ -65,6 +91,20 @@ class LastingWorker(QueueWorker):
     def nudge(self) -> None:
         """Look into the queue at once: something was put there."""
         self._new_job_event.set()
+
+    def seat(self) -> Seat | None:
+        """A slot for a job that is inserted now. None: all are taken, this worker ends, or others may wait for one."""
+        worker = self._manager.worker
+        if worker is None or not self._all_fetched or self._new_job_event.is_set() or not self._free:
+            return None
+        self._seats += 1
+        return Seat(self, worker)
+
+    def leave(self, *, taken: bool) -> None:
+        """A seat is not kept any more."""
+        self._seats -= 1
+        if not taken:
+            self.nudge()
 
     @property
     def running(self) -> list[int]:
@@ -84,7 +124,7 @@ class LastingWorker(QueueWorker):
 
     async def _fetch_and_process_jobs(self) -> None:
         self.nudge()
-        while self._running_jobs or not self._stop_event.is_set():
+        while self._running_jobs or self._seats or not self._stop_event.is_set():
             await self._nudged()
             if self._performed and self._free < self._worth_a_look:
                 await asyncio.sleep(GATHERING)
@@ -100,7 +140,7 @@ class LastingWorker(QueueWorker):
     @property
     def _free(self) -> int:
         """The slots for which a job may be fetched."""
-        return 0 if self._stop_event.is_set() else self.concurrency - len(self._running_jobs)
+        return 0 if self._stop_event.is_set() else self.concurrency - len(self._running_jobs) - self._seats
 
     async def _nudged(self) -> None:
         """Wait until a job was inserted or performed, or `end` called; or for the next look that nobody asked for."""
@@ -110,6 +150,7 @@ class LastingWorker(QueueWorker):
 
     async def _exchange(self, wanted: int) -> None:
         performed = self._performed.copy()  # they stay in hand until the queue knows
+        self._all_fetched = False
         fetched = await self._manager.exchange(performed, wanted, self.queues)
         if fetched is None:
             self.nudge()
@@ -118,13 +159,17 @@ class LastingWorker(QueueWorker):
             return
         del self._performed[: len(performed)]
         for job in fetched:
-            self._begin(job)
+            self.begin(job)
+        self._all_fetched = len(fetched) < wanted
         if 0 < wanted == len(fetched):
             self.nudge()  # there may be more
-        if not self.wait and not self.running:  # nothing has ended meanwhile that could have put something there
+        if (
+            not self.wait and not self.running and not self._seats
+        ):  # nothing has ended meanwhile that could have put something there
             self.stop()
 
-    def _begin(self, job: queue_jobs.Job) -> None:
+    def begin(self, job: queue_jobs.Job) -> None:
+        """Perform a job that is marked as this worker's."""
         task = asyncio.create_task(self._perform(job), name=f"{job.task_name} {job.id}")
         self._running_jobs[task] = JobContext(
             app=self.app,

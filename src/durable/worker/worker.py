@@ -150,7 +150,8 @@ class Worker:
         )
         try:
             if not self._stop.is_set():
-                await self._queue_worker.serve()
+                with self._app._worked_by(self._queue_worker):
+                    await self._queue_worker.serve()
         except Exception as error:  # whatever it is, the worker goes on: procrastinate's loop is started anew
             return error
         return None
