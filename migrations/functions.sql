@@ -247,46 +247,70 @@ $$;
 -- `finished` or `unknown`. Reads the status without a lock, so that it never waits for an executing step: a message
 -- that crosses the run's end stays in the inbox. An ended run takes nothing; a completed one can be rolled back.
 -- What is sent to a run that went on as new goes to the end of its chain, and an id counts once in the whole of it. What
--- a child answers does not: it is for the run that asked.
-create function send_message(
-  p_run uuid, p_kind text, p_name text default null, p_body json default null, p_message_id text default null,
-  p_wants_reply boolean default false
-) returns text
+-- a child answers does not: it is for the run that asked. `run` is where it went.
+-- p_worker answers the doorbell itself, if it serves the run's queue: see enqueue. `job` is what it has in hand then.
+create function post_message(
+  p_run uuid, p_kind text, p_name text, p_body json, p_message_id text, p_wants_reply boolean default false,
+  p_worker bigint default null, p_queue text default null, out answer text, out run uuid, out job bigint
+)
 language plpgsql volatile
 set search_path = {schema}, pg_temp
 as $$
 declare
-  v_id uuid := p_run;
   v_run record;
+  v_worker bigint;
 begin
+  run := p_run;
   loop
     select r.status, r.queue, r.priority, r.claim_token is not null as claimed, r.predecessor, r.successor into v_run
-    from runs r where r.id = v_id;
+    from runs r where r.id = run;
     if not found then
-      return 'unknown';
+      answer := 'unknown';
+      return;
     end if;
     exit when v_run.successor is null or p_kind = 'child';
-    v_id := v_run.successor;
+    run := v_run.successor;
   end loop;
-  if p_message_id is not null and v_run.predecessor is not null and sent_before(v_id, p_message_id) then
-    return 'duplicate';
+  if p_message_id is not null and v_run.predecessor is not null and sent_before(run, p_message_id) then
+    answer := 'duplicate';
+    return;
   end if;
   if v_run.status in ('completed', 'failed', 'canceled') and (v_run.status, p_kind) <> ('completed', 'rollback') then
-    perform from inbox i where i.run_id = v_id and i.message_id = p_message_id;
-    return case when found then 'duplicate' else 'finished' end;
+    perform from inbox i where i.run_id = run and i.message_id = p_message_id;
+    answer := case when found then 'duplicate' else 'finished' end;
+    return;
   end if;
   insert into inbox (run_id, kind, name, body, message_id, wants_reply, sent_at)
-  values (v_id, p_kind, p_name, p_body, p_message_id, p_wants_reply, engine_now())
+  values (run, p_kind, p_name, p_body, p_message_id, p_wants_reply, engine_now())
   on conflict (run_id, message_id) do nothing;
   if not found then
-    return 'duplicate';
+    answer := 'duplicate';
+    return;
   end if;
-  perform enqueue('durable.ring', v_id, null, v_run.queue, v_run.priority);
+  answer := 'sent';
+  if v_run.queue = p_queue then
+    v_worker := p_worker;
+  end if;
+  job := enqueue('durable.ring', run, null, v_run.queue, v_run.priority, p_worker => v_worker);
+  if v_worker is null then
+    job := null;
+  end if;
   if v_run.claimed or p_kind in ('cancel', 'pause', 'resume', 'rollback') then
-    perform pg_notify('{schema}_control', v_id::text);
+    perform pg_notify('{schema}_control', run::text);
   end if;
-  return 'sent';
 end
+$$;
+
+
+-- The same for whoever is no worker: what was sent.
+create function send_message(
+  p_run uuid, p_kind text, p_name text default null, p_body json default null, p_message_id text default null,
+  p_wants_reply boolean default false
+) returns text
+language sql volatile
+set search_path = {schema}, pg_temp
+as $$
+  select answer from post_message(p_run, p_kind, p_name, p_body, p_message_id, p_wants_reply)
 $$;
 
 

@@ -251,8 +251,8 @@ end $drop$
 """
 
 FUNCTIONS: Final = (
-  "engine_now", "enqueue", "wake_workers", "chain_end", "sent_before", "start_run", "start_runs", "send_message",
-  "forward_messages", "resume_wait", "step_root", "fork_run", "refuse", "check_run", "check_entry",
+  "engine_now", "enqueue", "wake_workers", "chain_end", "sent_before", "start_run", "start_runs", "post_message",
+  "send_message", "forward_messages", "resume_wait", "step_root", "fork_run", "refuse", "check_run", "check_entry",
 )  # fmt: skip
 
 

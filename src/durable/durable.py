@@ -63,7 +63,6 @@ from durable.errors import (
 )
 from durable.handles import AsyncRun, ResumeResult, Run, Start, StartOptions
 from durable.portal import Portal, close_at_exit, refuse_running_loop
-from durable.queue import ADVANCE
 from durable.snapshots import ErrorInfo, HistoryEvent, Page, RunSnapshot
 from durable.store import operations, read, sweep
 from durable.store.codec import MAX_PAYLOAD, Codec
@@ -79,6 +78,7 @@ if TYPE_CHECKING:
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+Beginning = TypeVar("Beginning", operations.Started, operations.Sent)
 T = TypeVar("T")
 Handle: TypeAlias = RunId | AsyncRun[Any] | Run[Any]
 Statuses: TypeAlias = Status | str | Collection[Status | str] | None
@@ -235,9 +235,9 @@ class AsyncDurable(Defining):
         if connection is not None:
             found = await self._write(operations.start(self.store, run), connection)
         else:
-            found = await self._on_connection(lambda its: self._start(run, its), repeat=True)
+            found = await self._begin(partial(operations.start, self.store, run), repeat=True)
         handle = AsyncRun[Any](self, _same(found, run), uncommitted=connection is not None)
-        handle._begun = found.job is not None
+        handle._begun = found.begun is not None
         return handle
 
     async def start_many(
@@ -286,7 +286,9 @@ class AsyncDurable(Defining):
         False: the run has ended. Raises RunNotFound, PayloadError.
         """
         query = self._signaling(run_id, name, payload, id)
-        return _delivered(await self._write(query, connection, repeat=id is not None), run_id)
+        if connection is not None:
+            return _delivered(await self._write(query(), connection), run_id)
+        return _delivered(await self._begin(query, repeat=id is not None), run_id)
 
     async def request(
         self,
@@ -307,7 +309,7 @@ class AsyncDurable(Defining):
         if limit is None:
             raise ConfigurationError("timeout=None: a request waits a time of its own, in seconds")
         message = arguments.message_id(id) or str(uuid.uuid4())
-        sent = await self._write(self._signaling(id_, name, payload, message, wants_reply=True), None, repeat=True)
+        sent = await self._begin(self._signaling(id_, name, payload, message, wants_reply=True), repeat=True)
         if not _delivered(sent, id_):
             link = await self._connecting.link()
             raise _unanswered(await link.endings.outcome(id_, 0), name)
@@ -558,12 +560,13 @@ class AsyncDurable(Defining):
 
     def _signaling(
         self, run_id: Handle, name: str, payload: Any, id_: str | uuid.UUID | None, *, wants_reply: bool = False
-    ) -> Query[operations.Sent]:
+    ) -> Callable[..., Query[operations.Sent]]:
         arguments.name(name, "the signal's name")
         body = arguments.payload(payload, f"the payload of signal {name!r}")
         message = arguments.message_id(id_)
-        return operations.send(
-            self.store, _id(run_id), MessageKind.SIGNAL, name, body, message, wants_reply=wants_reply
+        id_ = _id(run_id)
+        return partial(
+            operations.send, self.store, id_, MessageKind.SIGNAL, name, body, message, wants_reply=wants_reply
         )
 
     def _other_input(self, run_id: uuid.UUID, found: tuple[str, str] | None, given: Any) -> str:
@@ -596,16 +599,21 @@ class AsyncDurable(Defining):
                 return await operations.execute_async(query, connection)
         return await self._on_connection(lambda its: operations.execute_own(query, its), repeat=repeat)
 
-    async def _start(self, run: operations.Start, its: Connection) -> Started:
-        """Start a run. If a worker of this app has nothing else to do on this event loop, it takes it up with that."""
-        serving = self._serving.get(asyncio.get_running_loop())
-        if serving is not None and (seat := serving.seat()) is not None:
-            with seat, suppress(psycopg.errors.ForeignKeyViolation):  # the queue has forgotten that worker meanwhile
-                found = await operations.execute_own(operations.start(self.store, run, worker=seat.worker), its)
-                if found.job is not None:  # it is a new run, and begins now
-                    seat.take(found.job, run.queue, ADVANCE, {"run_id": str(found.id), "revision": 0})
-                return found
-        return await operations.execute_own(operations.start(self.store, run), its)
+    async def _begin(self, query: Callable[..., Query[Beginning]], *, repeat: bool) -> Beginning:
+        """Execute what puts a job into the queue. If a worker of this app has nothing else to do on this event loop, it
+        is named in the query, and begins with the job at once."""
+
+        async def do(its: Connection) -> Beginning:
+            serving = self._serving.get(asyncio.get_running_loop())
+            if serving is not None and (seat := serving.seat()) is not None:
+                with seat, suppress(psycopg.errors.ForeignKeyViolation):  # the queue has forgotten the worker meanwhile
+                    found = await operations.execute_own(query(worker=seat.worker, queue=self.queue), its)
+                    if (begun := found.begun) is not None:
+                        seat.take(begun.id, self.queue, begun.task, begun.given)
+                    return found
+            return await operations.execute_own(query(), its)
+
+        return await self._on_connection(do, repeat=repeat)
 
     @contextmanager
     def _worked_by(self, serving: LastingWorker) -> Iterator[None]:
@@ -826,7 +834,7 @@ class Durable(Defining):
         connection: Any = None,
     ) -> bool:
         query = self.async_app._signaling(run_id, name, payload, id)
-        return _delivered(self._write(query, connection, repeat=id is not None), run_id)
+        return _delivered(self._write(query(), connection, repeat=id is not None), run_id)
 
     def request(
         self,
@@ -966,9 +974,9 @@ def _same(found: Started, asked: operations.Start) -> uuid.UUID:
 
 
 def _delivered(sent: operations.Sent, run_id: Handle) -> bool:
-    if sent == "unknown":
+    if sent.answer == "unknown":
         raise RunNotFound(_id(run_id))
-    return sent != "finished"
+    return sent.answer != "finished"
 
 
 def _input(definition: Workflow, given: Any) -> str:

@@ -18,12 +18,13 @@ from tests.engine.kit import Ctx, Facts, an_app, soon, until, working
 
 from durable import AsyncDurable, RunExists, Start, define
 from durable.engine import recover
-from durable.store import read
+from durable.store import operations, read
 from durable.store.flush import Flush
 from durable.worker import Worker, serving
 from durable.worker.serving import LastingWorker
 
 HERE = Path(__file__)
+WAITING = define("waiting").wait_for_signal("go", "go")
 
 
 class Step:
@@ -126,7 +127,57 @@ async def test_a_start_that_is_repeated_is_performed_once(dsn: str, facts: Facts
     facts.check_rest()
 
 
+async def test_a_signal_is_answered_without_a_fetch(dsn: str, facts: Facts, fetched: list[int | None]) -> None:
+    async with an_app(dsn, WAITING) as app, app.worker() as worker:
+        run = await app.start("waiting")
+        await until(lambda: facts.run(run)["waiting_for"] == "signal")
+        await until(lambda: rests(worker))
+        fetched.clear()
+        assert await run.signal("go", 7)
+        assert await run.result(timeout=30) == {"go": 7}
+        await until(lambda: facts.jobs() == [])
+    assert fetched == []
+    facts.check_rest()
+
+
+async def test_a_start_whose_answer_was_lost_is_performed(
+    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job is in the name of a worker that does not know of it."""
+    execute, lost = operations.execute_own, list[str]()
+
+    async def losing(query: Any, connection: Any) -> Any:
+        found = await execute(query, connection)
+        if query.params.get("worker") is not None and not lost:
+            lost.append("the answer")
+            await connection.close()
+            raise psycopg.OperationalError("the connection is lost")
+        return found
+
+    monkeypatch.setattr(operations, "execute_own", losing)
+    step.go_on.set()
+    async with serving_app(dsn, step) as (app, _):
+        assert await (await app.start("w", 1)).result(timeout=30) == {"a": "done"}
+        await until(lambda: facts.jobs() == [])
+    assert lost
+    assert step.began == [1]
+    facts.check_rest()
+
+
 # ---------------------------------------------------------------- not taken
+
+
+async def test_a_doorbell_of_another_queue_goes_there(
+    dsn: str, facts: Facts, step: Step, begun: list[tuple[LastingWorker, Job]]
+) -> None:
+    async with an_app(dsn, WAITING, queue="elsewhere") as elsewhere:
+        run = await elsewhere.start("waiting")
+        (first,) = facts.jobs()
+        async with serving_app(dsn, step) as (app, _):
+            assert await app.signal(run.id, "go", 7)
+            _, ring = facts.jobs()
+            assert (first["queue_name"], ring["queue_name"], ring["status"]) == ("elsewhere", "elsewhere", "todo")
+            assert begun == []
 
 
 async def test_there_are_never_more_than_the_worker_may_have(dsn: str, facts: Facts, step: Step) -> None:

@@ -59,9 +59,9 @@ async def _request(desk: Desk, run_id: uuid.UUID, kind: MessageKind, body: JsonT
         await hold.drop()  # others asked before: the inbox keeps the order
     async with desk.pool.connection() as connection:
         sent = await operations.execute_async(operations.send(desk.store, run_id, kind, body=body), connection)
-    if sent == "unknown":
+    if sent.answer == "unknown":
         raise RunNotFound(run_id)
-    return sent != "finished"
+    return sent.answer != "finished"
 
 
 async def _apply(desk: Desk, hold: Hold, kind: MessageKind, body: JsonText | None) -> bool:

@@ -24,6 +24,7 @@ from psycopg.rows import tuple_row
 from durable.core.state import MessageKind
 from durable.define.payload import canonical_hash
 from durable.errors import PayloadError
+from durable.queue import ADVANCE, RING
 from durable.store import flush
 from durable.store.codec import clean
 from durable.store.connection import Connection
@@ -34,7 +35,24 @@ from durable.values import JsonText
 
 T = TypeVar("T")
 
-Sent: TypeAlias = Literal["sent", "duplicate", "finished", "unknown"]
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A job that was put into the hands of the worker that was named. `task`, `given`: what it is to do."""
+
+    id: int
+    task: str
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What became of a message."""
+
+    answer: Literal["sent", "duplicate", "finished", "unknown"]
+    begun: Begun | None = None
+
+
 Resumed: TypeAlias = Literal["accepted", "refused", "busy", "unknown"]
 ForkAnswer: TypeAlias = Literal["forked", "unknown", "no_step", "undone", "rolled_back"]
 
@@ -66,13 +84,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The run that is there now. If it was not `created`, `same` says whether workflow, version and input are equal.
-    `job`: what the worker that was named has in hand."""
+    """The run that is there now. If it was not `created`, `same` says whether workflow, version and input are equal."""
 
     id: uuid.UUID
     created: bool
     same: bool
-    job: int | None = None
+    begun: Begun | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +100,9 @@ class Forked:
     steps: tuple[str, ...] = ()
 
 
-def start(db: Store, run: Start, *, worker: int | None = None) -> Query[Started]:
-    """Start one run. `worker`: the queue's id of the one in this process that begins it at once. Raises PayloadError
-    for an input over the limit."""
+def start(db: Store, run: Start, *, worker: int | None = None, queue: str | None = None) -> Query[Started]:
+    """Start one run. `worker`: the queue's id of the one in this process, serving `queue`, that begins it at once.
+    Raises PayloadError for an input over the limit."""
     sql = f"""
 select id, created, same, job from "{db.schema}".start_run(
   p_id => cast(%(id)s as uuid), p_workflow => cast(%(workflow)s as text), p_version => cast(%(version)s as text),
@@ -99,9 +116,9 @@ select id, created, same, job from "{db.schema}".start_run(
         "tags": json.dumps(_tags(run)),
         "delay": run.delay,
         "timeout": run.timeout,
-        "worker": worker,
+        "worker": worker if run.queue == queue else None,
     }
-    return Query(sql, params, lambda rows: Started(*rows[0]))
+    return Query(sql, params, _begun)
 
 
 def start_many(db: Store, runs: Iterable[Start]) -> Query[list[Started]]:
@@ -129,15 +146,18 @@ def send(
     message_id: str | None = None,
     *,
     wants_reply: bool = False,
+    worker: int | None = None,
+    queue: str | None = None,
 ) -> Query[Sent]:
     """Put a message into a run's inbox. Never waits for the run. Raises PayloadError for a body over the limit.
 
-    `wants_reply`: its sender waits until it is completed; see ``read.answer``.
+    `wants_reply`: its sender waits until it is completed; see ``read.answer``. `worker`: the queue's id of the one in
+    this process, serving `queue`, that looks into the inbox at once.
     """
     sql = f"""
-select "{db.schema}".send_message(
+select answer, run, job from "{db.schema}".post_message(
   cast(%(run)s as uuid), cast(%(kind)s as text), cast(%(name)s as text), cast(%(body)s as json), cast(%(id)s as text),
-  cast(%(wants_reply)s as boolean)
+  cast(%(wants_reply)s as boolean), cast(%(worker)s as bigint), cast(%(queue)s as text)
 )"""
     where = f"the payload of {kind.value} {name!r}"
     params = {
@@ -147,8 +167,15 @@ select "{db.schema}".send_message(
         "body": _sealed(db, body, where),
         "id": _storable(message_id, "the message's id"),
         "wants_reply": wants_reply,
+        "worker": worker,
+        "queue": queue,
     }
-    return Query(sql, params, lambda rows: cast(Sent, rows[0][0]))
+    return Query(sql, params, _sent)
+
+
+def _sent(rows: Sequence[tuple[Any, ...]]) -> Sent:
+    answer, run, job = rows[0]
+    return Sent(answer, None if job is None else Begun(job, RING, {"run_id": str(run)}))
 
 
 def resume(db: Store, run_id: uuid.UUID, name: str, body: JsonText | None = None) -> Query[Resumed]:
@@ -232,6 +259,12 @@ async def execute_async(query: Query[T], connection: Any) -> T:
                 await cursor.execute(query.sql.encode(), query.params)
                 return query.read(await cursor.fetchall())
     raise _refused(connection, "AsyncDurable", "async", _sync(connection), "Durable")
+
+
+def _begun(rows: Sequence[tuple[Any, ...]]) -> Started:
+    id_, created, same, job = rows[0]
+    begun = None if job is None else Begun(job, ADVANCE, {"run_id": str(id_), "revision": 0})
+    return Started(id_, created, same, begun)
 
 
 async def execute_own(query: Query[T], connection: Connection) -> T:

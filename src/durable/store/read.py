@@ -259,7 +259,7 @@ async def outcome(db: Store, connection: Connection, run_id: uuid.UUID, *, waite
     flush = Flush(connection)
     if waiter is not None:
         flush.add(db.sql.begin)
-        flush.add(sweep.statements(db.schema).register_waiter, {"id": run_id, "waiter": waiter})
+        flush.add(sweep.statements(db.schema).register_for_end, {"id": run_id, "waiter": waiter})
         flush.add(db.sql.commit)
     answer = flush.add(statements(db.schema).outcome, {"id": run_id})
     try:

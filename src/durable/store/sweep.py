@@ -345,6 +345,15 @@ insert into {schema}.waiters (run_id, waiter, registered_at) values (%(id)s, %(w
 on conflict (run_id, waiter) do update set registered_at = excluded.registered_at
 """)
 
+    register_for_end = statement("""
+-- the same for who wants nothing else: nobody tells of an end that has come
+insert into {schema}.waiters (run_id, waiter, registered_at)
+select %(id)s::uuid, %(waiter)s::uuid, {schema}.engine_now()
+where not exists (
+  select from {schema}.runs where id = %(id)s::uuid and status in ('completed', 'failed', 'canceled'))
+on conflict (run_id, waiter) do update set registered_at = excluded.registered_at
+""")
+
     drop_stale_waiters = statement("""
 -- waiters that are gone
 with gone as (

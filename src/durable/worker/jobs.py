@@ -250,13 +250,13 @@ def _urgent_first(rows: list[Row]) -> list[queue_jobs.Job]:
     ]
 
 
-def in_hands(number: int, queue: str, task: str, given: dict[str, Any], worker: int) -> queue_jobs.Job:
+def in_hands(number: int, queue: str, task: str, given: Mapping[str, Any], worker: int) -> queue_jobs.Job:
     """A job that is marked as this worker's."""
     return queue_jobs.Job(
         id=number,
         queue=queue,
         task_name=task,
-        task_kwargs=given,
+        task_kwargs=dict(given),
         worker_id=worker,
         status="doing",
         lock=None,

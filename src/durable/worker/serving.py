@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, Self
 
@@ -48,7 +49,7 @@ class Seat:
     def __exit__(self, *error: object) -> None:
         self._serving.leave(taken=self._taken)
 
-    def take(self, job: int, queue: str, task: str, given: dict[str, Any]) -> None:
+    def take(self, job: int, queue: str, task: str, given: Mapping[str, Any]) -> None:
         """The job is in the queue, in this worker's name: begin it."""
         self._taken = True
         self._serving.begin(in_hands(job, queue, task, given, self.worker))
@@ -163,10 +164,8 @@ class LastingWorker(QueueWorker):
         self._all_fetched = len(fetched) < wanted
         if 0 < wanted == len(fetched):
             self.nudge()  # there may be more
-        if (
-            not self.wait and not self.running and not self._seats
-        ):  # nothing has ended meanwhile that could have put something there
-            self.stop()
+        if not self.wait and not self.running and not self._seats:
+            self.stop()  # nothing has ended meanwhile that could have put something there
 
     def begin(self, job: queue_jobs.Job) -> None:
         """Perform a job that is marked as this worker's."""
