@@ -144,4 +144,4 @@ STEPS: Final = ("one_step", "ten_step", "fifty_step")
 """The cases in which steps are counted by the second: the floor has one value for all three."""
 LATENCIES: Final = ("latency_1", "latency_10", "signal")
 PATIENT: Final = ("takeover", "idle")
-"""The cases that wait more than they work: a quick measurement does them beside the others."""
+"""The cases that wait more than they work: they are measured side by side."""

@@ -42,18 +42,29 @@ class Suite:
         self._lock = threading.Lock()
 
     def measure(self, points: Sequence[Point], rounds: int) -> None:
-        """All points in turn, and that once more in each further round. First each system is asked what it has."""
+        """All points in turn, and that once more in each further round. First each system is asked what it has. Those
+        that wait more than they work are measured side by side, behind the others, or quickly beside them."""
         for system in dict.fromkeys(point.system for point in points):
             self._ask(system, [point for point in points if point.system == system])
+        working = [point for point in points if point.case not in PATIENT]
+        patient = [point for point in points if point.case in PATIENT]
         for number in range(1, rounds + 1):
-            aside = [point for point in points if self._size == "quick" and point.case in PATIENT]
-            with ThreadPoolExecutor(max(1, len(aside))) as beside:
-                waiting = [beside.submit(self._one, point, number) for point in aside]
-                for point in points:
-                    if point not in aside:
-                        self._one(point, number)
-                for one in waiting:
-                    one.result()
+            if self._size == "quick":
+                self._side_by_side([working, *([point] for point in patient)], number)
+            else:
+                self._side_by_side([working], number)
+                self._side_by_side([[point] for point in patient], number)
+
+    def _side_by_side(self, rows: Sequence[Sequence[Point]], number: int) -> None:
+        """Each row by itself, its points in turn."""
+
+        def measure(row: Sequence[Point]) -> None:
+            for point in row:
+                self._one(point, number)
+
+        with ThreadPoolExecutor(max(1, len(rows))) as beside:
+            for done in [beside.submit(measure, row) for row in rows]:
+                done.result()
 
     def _ask(self, system: str, points: Sequence[Point]) -> None:
         results = self._results

@@ -18,7 +18,7 @@ from durable import StatusChange, define
 from durable.engine import loops as module
 from durable.engine import recover
 from durable.engine.loops import Loops
-from durable.store.connection import Connection
+from durable.store.flush import Flush
 
 WAITS: Final = define("waits").wait_for_signal("s", "go")
 NEVER: Final = 100_000.0
@@ -52,21 +52,21 @@ from (
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The first line of each statement that this process has sent to a server, or "flush" for several at once."""
+    """The first line of each statement that this process has sent to a server."""
     found: list[str] = []
-    execute, converse = psycopg.AsyncCursor.execute, Connection.converse
+    execute, add = psycopg.AsyncCursor.execute, Flush.add
 
     async def recorded(cursor: Any, query: Any, *args: Any, **more: Any) -> Any:
         text = query.decode() if isinstance(query, bytes) else str(query)
         found.append(text.strip().splitlines()[0])
         return await execute(cursor, query, *args, **more)
 
-    async def flushed(connection: Connection, exchange: Any) -> Any:
-        found.append("flush")
-        return await converse(connection, exchange)
+    def queued(flush: Flush, statement: Any, *args: Any) -> Any:
+        found.append(statement.decode().splitlines()[0])
+        return add(flush, statement, *args)
 
     monkeypatch.setattr(psycopg.AsyncCursor, "execute", recorded)
-    monkeypatch.setattr(Connection, "converse", flushed)
+    monkeypatch.setattr(Flush, "add", queued)
     return found
 
 
