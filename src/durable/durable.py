@@ -63,6 +63,7 @@ from durable.errors import (
 )
 from durable.handles import AsyncRun, ResumeResult, Run, Start, StartOptions
 from durable.portal import Portal, close_at_exit, refuse_running_loop
+from durable.queue import ADVANCE, RING
 from durable.snapshots import ErrorInfo, HistoryEvent, Page, RunSnapshot
 from durable.store import operations, read, sweep
 from durable.store.codec import MAX_PAYLOAD, Codec
@@ -235,7 +236,7 @@ class AsyncDurable(Defining):
         if connection is not None:
             found = await self._write(operations.start(self.store, run), connection)
         else:
-            found = await self._begin(partial(operations.start, self.store, run), repeat=True)
+            found = await self._begin(partial(operations.start, self.store, run), ADVANCE, repeat=True)
         handle = AsyncRun[Any](self, _same(found, run), uncommitted=connection is not None)
         handle._begun = found.begun is not None
         return handle
@@ -288,7 +289,7 @@ class AsyncDurable(Defining):
         query = self._signaling(run_id, name, payload, id)
         if connection is not None:
             return _delivered(await self._write(query(), connection), run_id)
-        return _delivered(await self._begin(query, repeat=id is not None), run_id)
+        return _delivered(await self._begin(query, RING, repeat=id is not None), run_id)
 
     async def request(
         self,
@@ -309,7 +310,7 @@ class AsyncDurable(Defining):
         if limit is None:
             raise ConfigurationError("timeout=None: a request waits a time of its own, in seconds")
         message = arguments.message_id(id) or str(uuid.uuid4())
-        sent = await self._begin(self._signaling(id_, name, payload, message, wants_reply=True), repeat=True)
+        sent = await self._begin(self._signaling(id_, name, payload, message, wants_reply=True), RING, repeat=True)
         if not _delivered(sent, id_):
             link = await self._connecting.link()
             raise _unanswered(await link.endings.outcome(id_, 0), name)
@@ -599,9 +600,9 @@ class AsyncDurable(Defining):
                 return await operations.execute_async(query, connection)
         return await self._on_connection(lambda its: operations.execute_own(query, its), repeat=repeat)
 
-    async def _begin(self, query: Callable[..., Query[Beginning]], *, repeat: bool) -> Beginning:
-        """Execute what puts a job into the queue. If a worker of this app has nothing else to do on this event loop, it
-        is named in the query, and begins with the job at once."""
+    async def _begin(self, query: Callable[..., Query[Beginning]], task: str, *, repeat: bool) -> Beginning:
+        """Execute what puts a job for `task` into the queue. If a worker of this app has nothing else to do on this
+        event loop, it is named in the query, and begins with the job at once."""
 
         async def do(its: Connection) -> Beginning:
             serving = self._serving.get(asyncio.get_running_loop())
@@ -609,7 +610,7 @@ class AsyncDurable(Defining):
                 with seat, suppress(psycopg.errors.ForeignKeyViolation):  # the queue has forgotten the worker meanwhile
                     found = await operations.execute_own(query(worker=seat.worker, queue=self.queue), its)
                     if (begun := found.begun) is not None:
-                        seat.take(begun.id, self.queue, begun.task, begun.given)
+                        seat.take(begun.id, self.queue, task, begun.given)
                     return found
             return await operations.execute_own(query(), its)
 

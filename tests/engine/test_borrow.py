@@ -474,6 +474,23 @@ async def test_a_thread_left_behind_cannot_use_it(bench: Bench) -> None:
     assert [type(error) for error in errors] == [psycopg.errors.QueryCanceled, psycopg.InterfaceError]
 
 
+async def test_nobody_gets_it_for_the_first_time_after_the_end(bench: Bench) -> None:
+    """It may be in the middle of the run's next step then."""
+    contexts: list[Ctx] = []
+
+    async def handler(ctx: Ctx) -> None:
+        contexts.append(ctx)
+
+    await bench.begin()
+    assert isinstance(await bench.call(handler), Succeeded)
+    with pytest.raises(psycopg.InterfaceError, match="has ended"):
+        _ = await contexts[0].async_connection()
+    with pytest.raises(psycopg.InterfaceError, match="has ended"):
+        await asyncio.to_thread(contexts[0].connection)
+    assert bench.borrowed == 0
+    await bench.conn.execute("commit")
+
+
 async def test_the_wrong_kind_says_which_is_right(bench: Bench) -> None:
     async def on_loop(ctx: Ctx) -> None:
         with pytest.raises(InvalidRequestError, match=r"use `await ctx.async_connection\(\)`"):
@@ -746,6 +763,28 @@ async def test_the_lent_limit_begins_with_the_loan_async(bench: Bench) -> None:
     assert (outcome.failure.kind, outcome.failure.type) == ("timeout", "durable.errors.StepTimeout")
     assert "take the connection last" in outcome.failure.message
     assert await bench.rows() == []
+
+
+async def test_a_connection_that_comes_after_the_handlers_end_sets_no_limit(bench: Bench) -> None:
+    borrowed = asyncio.Event()
+    asking: list[asyncio.Task[Any]] = []
+
+    async def handler(ctx: Ctx) -> str:
+        async def ask() -> None:
+            _ = await ctx.async_connection()
+
+        asking.append(asyncio.create_task(ask()))
+        await borrowed.wait()
+        return "done"
+
+    bench.when_borrowed = borrowed.set
+    async with _caller(bench, lent_limit=0.0):
+        assert await bench.step(handler) == Succeeded('"done"')
+        await asyncio.sleep(0)  # a limit would be over by now
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+    await asyncio.wait(asking)
 
 
 async def test_out_of_time_the_sql_of_a_sync_handler_ends_too(bench: Bench) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import gc
 import json
 import threading
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -383,6 +385,20 @@ async def test_after_the_deadline_nothing_is_called(bench: Bench) -> None:
     outcome = await bench.failed(lambda ctx: called.append(1), deadline=NOW - timedelta(seconds=1))
     assert outcome.failure.kind == "timeout"
     assert called == []
+
+
+async def test_a_call_leaves_nothing_to_the_cycle_collector(bench: Bench) -> None:
+    seen: list[weakref.ref[Any]] = []
+
+    async def handler(ctx: Ctx) -> None:
+        seen.extend(map(weakref.ref, (ctx, ctx._lending)))
+
+    gc.disable()
+    try:
+        assert await bench.step(handler) == Succeeded("null")
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- cancellation

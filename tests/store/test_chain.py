@@ -24,7 +24,7 @@ from durable.store.db import Store
 from durable.store.errors import InternalError, StaleRevision
 from durable.store.inbox import forward, load_inbox, mark_seen
 from durable.store.journal import load_journal
-from durable.store.operations import Start, Started
+from durable.store.operations import Sent, Start, Started
 from durable.store.read import history as read_history
 from durable.store.runs import abandon, begin_and_lock
 from durable.values import Status, child_id
@@ -42,8 +42,8 @@ async def go(query: operations.Query[Any], connection: Any) -> Any:
 async def send(
     store: Store, connection: Connection, run: Run, name: str | None, id_: str | None = None, kind: MessageKind = SIGNAL
 ) -> str:
-    answer: str = await go(operations.send(store, run.id, kind, name, f'"{name}"', id_), connection)
-    return answer
+    sent: Sent = await go(operations.send(store, run.id, kind, name, f'"{name}"', id_), connection)
+    return sent.answer
 
 
 async def write(store: Store, connection: Connection, done: Transition) -> None:

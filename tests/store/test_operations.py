@@ -32,7 +32,7 @@ from durable.store import operations
 from durable.store.connection import Connection
 from durable.store.db import Store
 from durable.store.inbox import load_inbox
-from durable.store.operations import Start, Started
+from durable.store.operations import Sent, Start, Started
 from durable.store.read import history
 
 SIGNAL = MessageKind.SIGNAL
@@ -221,7 +221,7 @@ async def test_tags_with_every_character_that_can_be_stored(store: Store, connec
 async def test_a_message_comes_with_a_bell_each(store: Store, connection: Connection) -> None:
     run = await started(store, connection, priority=5)
     for _ in range(2):
-        assert await go(operations.send(store, run.id, SIGNAL, "approval", '{"ok": true}'), connection) == "sent"
+        assert await go(operations.send(store, run.id, SIGNAL, "approval", '{"ok": true}'), connection) == Sent("sent")
     ring = ("durable.ring", None, 2_000_005, None, "shop", None, False)
     assert (await jobs(store, connection, run.id))[1:] == [ring, ring]
     inbox = await load_inbox(store, connection, run.id)
@@ -231,11 +231,11 @@ async def test_a_message_comes_with_a_bell_each(store: Store, connection: Connec
 async def test_the_same_message_id_is_once(store: Store, connection: Connection) -> None:
     run = await started(store, connection)
     query = operations.send(store, run.id, SIGNAL, "a", None, "m-1")
-    assert await go(query, connection) == "sent"
-    assert await go(query, connection) == "duplicate"
+    assert await go(query, connection) == Sent("sent")
+    assert await go(query, connection) == Sent("duplicate")
     assert len(await jobs(store, connection, run.id)) == 2
     other = await started(store, connection)
-    assert await go(operations.send(store, other.id, SIGNAL, "a", None, "m-1"), connection) == "sent"
+    assert await go(operations.send(store, other.id, SIGNAL, "a", None, "m-1"), connection) == Sent("sent")
 
 
 async def finish(connection: Connection, run_id: uuid.UUID, status: str) -> None:
@@ -249,15 +249,15 @@ async def test_an_ended_run_takes_nothing_but_a_rollback(store: Store, connectio
     await go(operations.send(store, run.id, SIGNAL, "a", None, "before"), connection)
     await finish(connection, run.id, status)
     for kind in MessageKind:
-        expected = "sent" if (status, kind) == ("completed", MessageKind.ROLLBACK) else "finished"
+        expected = Sent("sent" if (status, kind) == ("completed", MessageKind.ROLLBACK) else "finished")
         assert await go(operations.send(store, run.id, kind), connection) == expected
-    assert await go(operations.send(store, run.id, SIGNAL, "a", None, "before"), connection) == "duplicate"
-    assert await go(operations.send(store, run.id, SIGNAL, "a", None, "after"), connection) == "finished"
+    assert await go(operations.send(store, run.id, SIGNAL, "a", None, "before"), connection) == Sent("duplicate")
+    assert await go(operations.send(store, run.id, SIGNAL, "a", None, "after"), connection) == Sent("finished")
 
 
 async def test_an_unknown_run(store: Store, connection: Connection) -> None:
     nobody = uuid.uuid4()
-    assert await go(operations.send(store, nobody, SIGNAL, "a"), connection) == "unknown"
+    assert await go(operations.send(store, nobody, SIGNAL, "a"), connection) == Sent("unknown")
     assert await go(operations.resume(store, nobody, "a"), connection) == "unknown"
     assert await load_inbox(store, connection, nobody) == ()
 
@@ -269,8 +269,8 @@ async def test_a_message_never_waits_for_an_executing_step(
     async with rival.transaction():
         await read(store, rival, run.id)  # FOR UPDATE
         async with connection.transaction():  # lock_timeout is 200 ms here
-            assert await go(operations.send(store, run.id, SIGNAL, "a"), connection) == "sent"
-            assert await go(operations.send(store, run.id, MessageKind.CANCEL), connection) == "sent"
+            assert await go(operations.send(store, run.id, SIGNAL, "a"), connection) == Sent("sent")
+            assert await go(operations.send(store, run.id, MessageKind.CANCEL), connection) == Sent("sent")
 
 
 async def test_control_requests_and_claimed_runs_are_announced(
@@ -435,7 +435,7 @@ def test_sync_connections_live_and_die_with_the_callers_transaction(
     ):
         run = new()
         assert operations.execute(operations.start(store, run), given) == Started(run.id, True, True)
-        assert operations.execute(operations.send(store, run.id, SIGNAL, "a", "1"), given) == "sent"
+        assert operations.execute(operations.send(store, run.id, SIGNAL, "a", "1"), given) == Sent("sent")
         assert operations.execute(operations.start_many(store, [new()]), given)[0].created
         assert not there(module_dsn, run)
         owner.commit() if commits else owner.rollback()
@@ -501,8 +501,10 @@ async def test_an_odd_search_path_and_another_schema(dsn: str) -> None:
         await odd.execute("create function trap.enqueue(text, uuid, bigint, text, int) returns void language sql as ''")
         await odd.execute("set search_path = trap, pg_catalog")
         run = await started(store, odd)
-        assert await go(operations.send(store, run.id, MessageKind.CANCEL, None, '{"reason":null}'), odd) == "sent"
-        assert await go(operations.send(default, run.id, SIGNAL), odd) == "unknown"
+        assert await go(operations.send(store, run.id, MessageKind.CANCEL, None, '{"reason":null}'), odd) == Sent(
+            "sent"
+        )
+        assert await go(operations.send(default, run.id, SIGNAL), odd) == Sent("unknown")
         assert await go(operations.resume(store, run.id, "a"), odd) == "refused"
         assert len(await go(operations.start_many(store, [new(), new()]), odd)) == 2
         await odd.execute("set search_path = ''")

@@ -16,6 +16,7 @@ from durable.store.apply import apply
 from durable.store.connection import Connection
 from durable.store.db import Store
 from durable.store.inbox import load_inbox
+from durable.store.operations import Sent
 from durable.store.read import Answer, answer
 from durable.values import Status
 
@@ -28,7 +29,7 @@ async def write(store: Store, connection: Connection, made: Transition) -> Run:
 
 async def ask(store: Store, connection: Connection, run_id: uuid.UUID, message: str = "m-1") -> str:
     query = operations.send(store, run_id, MessageKind.SIGNAL, "quote", "1", message, wants_reply=True)
-    return await operations.execute_async(query, connection)
+    return (await operations.execute_async(query, connection)).answer
 
 
 async def reply(store: Store, connection: Connection, run: Run, text: str = '{"price": 1.50}') -> Run:
@@ -59,7 +60,7 @@ async def test_a_request_is_a_message_that_wants_a_reply(store: Store, connectio
     run = await started(store, connection)
     assert await ask(store, connection, run.id) == "sent"
     plain = operations.send(store, run.id, MessageKind.SIGNAL, "quote", "2", "m-2")
-    assert await operations.execute_async(plain, connection) == "sent"
+    assert await operations.execute_async(plain, connection) == Sent("sent")
     wanted = "select message_id, wants_reply, replied_at from durable.inbox where run_id = %s order by seq"
     assert await rows(connection, wanted, run.id) == [("m-1", True, None), ("m-2", False, None)]
 

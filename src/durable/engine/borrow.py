@@ -76,6 +76,10 @@ class Gate:
         self.closed: str | None = None
         self.last_error: psycopg.Error | None = None
 
+    def close(self) -> None:
+        """The handler has ended."""
+        self.closed = self.closed or f"{self.where} has ended: its connection can't be used any more"
+
     def check(self) -> None:
         if self.closed is not None:
             raise psycopg.InterfaceError(self.closed)
@@ -327,8 +331,8 @@ class Loan:
         lender: Lender | None,
         where: str,
         *,
-        on_lent: Callable[[], None] = lambda: None,
-        owner: EngineConnection | None = None,
+        on_lent: Callable[[Loan], None],
+        owner: EngineConnection | None,
     ) -> None:
         self._engines, self._lender, self._on_lent = engines, lender, on_lent
         self._loop = asyncio.get_running_loop()
@@ -395,7 +399,7 @@ class Loan:
         await lend(self.owner)
         self._handlers = self.owner.pgconn.notice_handler, self.owner.pgconn.notify_handler
         self.is_lent = True
-        self._on_lent()
+        self._on_lent(self)
         return self.owner
 
     async def _borrow(self) -> EngineConnection:
@@ -412,6 +416,9 @@ class Loan:
     def revoke(self, why: str) -> None:
         """No new statement from now on; a statement that runs, and a wait for the connection, end with an error."""
         self.gate.closed = self.gate.closed or why
+        self._end_statements()
+
+    def _end_statements(self) -> None:
         if self.owner is None and self._lending is not None:
             self._lending.cancel()  # it still waits for the connection; once it has come, its savepoint must stand
         if self.is_lent and self.owner is not None and _active(self.owner) and self._cancelling is None:
@@ -419,7 +426,8 @@ class Loan:
 
     async def take_back(self) -> None:
         """After this nobody but the engine uses the connection, even if the handler left threads or tasks behind."""
-        self.revoke(f"{self.gate.where} has ended: its connection can't be used any more")
+        self.gate.close()
+        self._end_statements()
         tasks = {t for t in (self._opening, self._lending, self._cancelling) if t is not None}
         if tasks:
             await asyncio.wait(tasks)

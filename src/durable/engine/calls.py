@@ -123,7 +123,7 @@ class Caller:
         await self.threads.close()
 
 
-class _Attempt:
+class _Attempt(Interruption):
     """One attempt, with its reruns: they share the time limit and the borrowed connection."""
 
     def __init__(
@@ -139,31 +139,38 @@ class _Attempt:
         self._caller, self._call, self._view, self._lender = caller, call, view, lender
         self._cancelled, self._on_progress = cancelled, on_progress
         self._loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)
         assert task is not None
-        self._task, self._cancelling = task, task.cancelling()
+        self.task, self._cancelling = task, task.cancelling()
         self._where = f"step {call.step_id!r} of run {view.run.id_text}"
         self._owner: Connection | None = None
-        self._limit: asyncio.Timeout | None = None  # while user code runs
         self._timeout = ""  # what is said of the limit that holds
         self._seconds = _seconds(call, now)
         self._until = None if self._seconds is None else self._loop.time() + self._seconds
+        self._timer: asyncio.TimerHandle | None = None
+        self._expired = False
+        self._loan: Loan | None = None  # while user code runs: no longer, so that no cycle is left to the collector
 
     @property
     def may_run_again(self) -> bool:
         """Whether a rerun is possible and wanted: it was lent, and nobody has interrupted it."""
-        interrupted = self._cancelled.is_set() or self._task.cancelling() > self._cancelling
+        interrupted = self._cancelled.is_set() or self.task.cancelling() > self._cancelling
         return self._owner is not None and not interrupted and not self._call.work.at_most_once
 
     async def run(self) -> tuple[Outcome, BaseException | None]:
         """The outcome, and the error behind it. Raises as Caller.run says."""
-        loan = Loan(
-            self._caller.engines, self._lender, self._where, on_lent=lambda: self._lent(loan), owner=self._owner
-        )
-        ended = await self._within_limit(loan)
-        outcome, error = self._checked(ended)
+        loan = Loan(self._caller.engines, self._lender, self._where, on_lent=self._lent, owner=self._owner)
+        ended: Returned[Outcome] | Raised = Raised(_TimedOut())
+        if self._begins_in_time(loan):
+            try:
+                ended = await play(self._script(loan), self._caller.threads, self)
+            finally:
+                self._end_limit()
+        outcome, error = self._checked(self._in_time(ended))
         cancelled = isinstance(error, _Cancelled)
-        if loan.asked:
+        if not loan.asked:
+            loan.gate.close()
+        else:
             try:
                 outcome, error = await _uncancelled(self._settle(loan, outcome, error))
             except TransactionLost:
@@ -177,22 +184,38 @@ class _Attempt:
 
     # -- running
 
-    async def _within_limit(self, loan: Loan) -> Returned[Outcome] | Raised:
+    def _begins_in_time(self, loan: Loan) -> bool:
+        """Whether there is time left for the user's code; its limit holds from here on. (asyncio.timeout() could not be
+        given one later by another task, as lending does.)"""
+        if self._until is not None:
+            if self._until <= self._loop.time():
+                return False
+            self._set_timer(self._until)
+        self._loan = loan
+        return True
+
+    def _set_timer(self, until: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(until, self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.task.cancel()
+
+    def _end_limit(self) -> None:
+        self._loan = None
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._expired:
+            self.task.uncancel()
+
+    def _in_time(self, ended: Returned[Outcome] | Raised) -> Returned[Outcome] | Raised:
         """What the user's code came to. A time limit is Raised(_TimedOut), a cancelled task Raised(_Cancelled)."""
-        if self._until is not None and self._until <= self._loop.time():
+        if self._expired:
             return Raised(_TimedOut())
-        interruption = Interruption(lambda: self._interrupt(loan))
-        try:
-            async with asyncio.timeout_at(self._until) as self._limit:
-                ended = await play(self._script(loan), self._caller.threads, interruption)
-                if isinstance(ended, Raised) and isinstance(ended.error, asyncio.CancelledError):
-                    raise ended.error
-        except asyncio.CancelledError as error:
-            ended = Raised(_Cancelled() if self._task.cancelling() > self._cancelling else error)
-        except TimeoutError:
-            ended = Raised(_TimedOut())
-        limit, self._limit = self._limit, None
-        return Raised(_TimedOut()) if limit is not None and limit.expired() else ended
+        cancelled = isinstance(ended, Raised) and isinstance(ended.error, asyncio.CancelledError)
+        return Raised(_Cancelled()) if cancelled and self.task.cancelling() > self._cancelling else ended
 
     def _script(self, loan: Loan) -> Script[Outcome]:
         ctx: StepContext[Any] = StepContext(
@@ -213,14 +236,14 @@ class _Attempt:
         if first and (self._until is None or until < self._until):
             self._until, self._seconds = until, self._caller.lent_limit
             self._timeout = " with the run's transaction in its hands: take the connection last"
-            if self._limit is not None and not self._limit.expired():
-                self._limit.reschedule(until)
+            if self._loan is not None and not self._expired:
+                self._set_timer(until)
 
-    def _interrupt(self, loan: Loan) -> None:
+    def tell(self) -> None:
         """A thread is to end. Out of time, nothing that it does counts: its SQL ends too."""
         self._cancelled.set()
-        if self._limit is not None and self._limit.expired():
-            loan.revoke(f"{self._where} is out of time")
+        if self._loan is not None and self._expired:
+            self._loan.revoke(f"{self._where} is out of time")
 
     def _checked(self, ended: Returned[Outcome] | Raised) -> tuple[Outcome, BaseException | None]:
         if isinstance(ended, Raised):

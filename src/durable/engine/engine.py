@@ -95,7 +95,7 @@ class Engine(Desk):
         self.journaled = 0
         self.latest: Transition | None = None  # what was written last
         self.owned: dict[uuid.UUID, Claimed] = {}
-        self._flights: dict[uuid.UUID, set[Flight]] = {}
+        self._flights: set[Flight] = set()
         self._said: dict[tuple[uuid.UUID, str], dict[str, Any]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -122,16 +122,15 @@ class Engine(Desk):
     def interrupt_all(self) -> None:
         """Shut down: end what is executing; each is handed back to the queue as it ends."""
         self.stopping = True
-        for flights in list(self._flights.values()):
-            for flight in list(flights):
-                flight.interrupt("shutdown")
+        for flight in list(self._flights):
+            flight.interrupt("shutdown")
         for claimed in self.owned.values():
             claimed.look()
 
     @property
     def executing(self) -> int:
         """How many handlers are in flight."""
-        return sum(map(len, self._flights.values()))
+        return len(self._flights)
 
     # ---------------------------------------------------------------- what the core takes as arguments
 
@@ -142,14 +141,13 @@ class Engine(Desk):
 
     def takes_off(self, flight: Flight) -> None:
         """Until it has landed, its handler is found here by those who want to interrupt it."""
-        self._flights.setdefault(flight.view.run.id, set()).add(flight)
+        self._flights.add(flight)
 
     def has_landed(self, flight: Flight) -> None:
-        run_id = flight.view.run.id
-        flights = self._flights[run_id]
-        flights.discard(flight)
-        if not flights:
-            del self._flights[run_id]
+        self._flights.remove(flight)
+
+    def _flights_of(self, run_id: uuid.UUID) -> list[Flight]:
+        return [flight for flight in self._flights if flight.view.run.id == run_id]
 
     @contextmanager
     def owning(self, run_id: uuid.UUID, claimed: Claimed) -> Iterator[None]:
@@ -165,7 +163,7 @@ class Engine(Desk):
         """Something was announced for a run: its owner reads its inbox, its handler may be ended."""
         if (claimed := self.owned.get(run_id)) is not None:
             claimed.look()
-        if any(flight.hold is not None for flight in self._flights.get(run_id, ())):
+        if any(flight.hold is not None for flight in self._flights_of(run_id)):
             self._background(self._heed_cancel(run_id), f"heed {run_id}")
 
     def look_at_all(self) -> None:
@@ -175,7 +173,7 @@ class Engine(Desk):
 
     def flying(self) -> list[uuid.UUID]:
         """The runs that this process executes."""
-        return list({*self._flights, *self.owned})
+        return list({*(flight.view.run.id for flight in self._flights), *self.owned})
 
     async def _heed_cancel(self, run_id: uuid.UUID) -> None:
         """A handler that holds the row is ended if a cancel lies in the inbox; whoever settles it reads that again.
@@ -184,7 +182,7 @@ class Engine(Desk):
         async with self.pool.connection() as connection:
             asked = await nudges.cancel_asked(self.store, connection, run_id)
         if asked:
-            for flight in list(self._flights.get(run_id, ())):
+            for flight in self._flights_of(run_id):
                 if flight.call.purpose is not Purpose.UNDO:
                     flight.interrupt("cancel")
 

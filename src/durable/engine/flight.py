@@ -125,36 +125,28 @@ class Flight:
             return Interrupted(self._interrupted_by or "crash")
         return lost.outcome if isinstance(lost.outcome, Failed) else without_transaction(self.call, lost)
 
-    def _facts(self) -> dict[str, Any]:
-        """What every log record of the handler says, whichever logger it goes through."""
-        run, call = self.view.run, self.call
-        return {"run": run.id_text, "workflow": run.workflow, "step": call.step_id, "attempt": call.attempt}
-
     async def _fly(self) -> Outcome:
-        engine = self._engine
-        go_inside(**self._facts())  # before the hooks: so they know which step it is
+        engine, run, call = self._engine, self.view.run, self.call
+        # what every log record of the handler says; before the hooks: so they know which step it is
+        go_inside(run=run.id_text, workflow=run.workflow, step=call.step_id, attempt=call.attempt)
         engine.at(Point.BEFORE_HANDLER, self.view)
-        outcome = await self._run()
-        engine.at(Point.AFTER_HANDLER, self.view)
-        return outcome
-
-    async def _run(self) -> Outcome:
-        engine = self._engine
         engine.takes_off(self)
         try:
             said = partial(engine.say, self)
-            return await engine.caller.run(
-                self.call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said
+            outcome = await engine.caller.run(
+                call, self.view, self, now=engine.now, cancelled=self._cancelled, on_progress=said
             )
         except TransactionLost as lost:
-            return await self._without_transaction(lost)
+            outcome = await self._without_transaction(lost)
         except asyncio.CancelledError:
             if self._interrupted_by is None:
                 raise
-            asyncio.current_task().uncancel()  # type: ignore[union-attr]
-            return Interrupted(self._interrupted_by)
+            self.task.uncancel()
+            outcome = Interrupted(self._interrupted_by)
         finally:
             engine.has_landed(self)
+        engine.at(Point.AFTER_HANDLER, self.view)
+        return outcome
 
 
 class Told:

@@ -237,6 +237,8 @@ class Hold:
         return body
 
     def _keep_body(self, transition: Transition, entries: Iterable[Entry]) -> None:
+        if self.view.body is None:
+            return
         body = self._driven(transition, entries)
         if body is not None:
             kept = Kept(transition.after.revision, self._journal_after(transition, entries), body)
@@ -254,7 +256,7 @@ class Hold:
         if self.view.body is not None:
             self.view.body.close()
         with suppress(psycopg.Error):
-            if self.connection.info.transaction_status is not TransactionStatus.IDLE:
+            if self.connection.pgconn.transaction_status != TransactionStatus.IDLE:
                 await abandon(self.connection)
             if self.lent and not self.connection.closed:
                 await self.connection.execute(RESET)
@@ -281,7 +283,7 @@ async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Cla
                 return Hold(desk, connection, locked, locked.journal)
             return Hold(desk, connection, locked, await load_journal(desk.store, connection, run_id))
     except BaseException:
-        if connection.info.transaction_status is not TransactionStatus.IDLE:
+        if connection.pgconn.transaction_status != TransactionStatus.IDLE:
             await abandon(connection)
         await desk.pool.putconn(connection)
         raise

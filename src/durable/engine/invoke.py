@@ -16,6 +16,7 @@ import asyncio
 import contextvars
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Generic, TypeAlias, TypeVar
@@ -59,16 +60,19 @@ class _Awaiting:
     awaitable: Awaitable[Any]
 
 
-class Interruption:
-    """Whether a script was interrupted while a thread ran it; `tell` passes that on to the function in the thread."""
+class Interruption(ABC):
+    """Whether a script that `task` plays was interrupted while a thread ran it."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self._tell = tell
-        self.came = False
+    task: asyncio.Task[Any]
+    came = False
 
     def come(self) -> None:
         self.came = True
-        self._tell()
+        self.tell()
+
+    @abstractmethod
+    def tell(self) -> None:
+        """Pass it on to the function in the thread."""
 
     def forbids(self, ask: Ask) -> bool:
         return self.came and not ask.late
@@ -114,24 +118,20 @@ async def play(script: Script[T], threads: Threads, interruption: Interruption) 
             except asyncio.CancelledError as error:
                 state = Raised(error)
         else:
-            state = await _on_loop(script, state)
+            try:
+                answer = await (state.fn(*state.args) if isinstance(state, Ask) else state.awaitable)
+            except BaseException as error:
+                if isinstance(error, GeneratorExit) and _current_task() is not interruption.task:
+                    raise  # the loop is being torn down: not the user's
+                script.close()
+                return Raised(error)  # kept in no variable: this frame is in its traceback
+            state = _guarded(_send, script, answer)
     script.close()
     return state
 
 
 _State: TypeAlias = Ask | _Awaiting | Returned[T] | Raised
 _OVER: Final = (Returned, Raised)
-
-
-async def _on_loop(script: Script[T], ask: Ask | _Awaiting) -> _State[T]:
-    task = asyncio.current_task()
-    try:
-        answer = await (ask.awaitable if isinstance(ask, _Awaiting) else ask.fn(*ask.args))
-    except BaseException as error:
-        if isinstance(error, GeneratorExit) and _current_task() is not task:
-            raise  # the loop is being torn down: not the user's
-        return Raised(error)
-    return _guarded(_send, script, answer)
 
 
 def _current_task() -> asyncio.Task[Any] | None:

@@ -6,15 +6,23 @@ A handler that holds its slot while others wait for one is detached early: `want
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from typing import Self
 
 
 class Slot:
-    """The right to hold a connection while user code runs. Given back once, by whoever comes first."""
+    """The right to hold a connection while user code runs: ``async with`` waits for it. Given back once, by whoever
+    comes first."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots: Slots | None = slots
+
+    async def __aenter__(self) -> Self:
+        if self._slots is not None:
+            await self._slots.acquire()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.give_back()
 
     async def wanted(self) -> None:
         """Return as soon as somebody waits for a slot."""
@@ -33,16 +41,12 @@ class Slots:
         self.pressure = asyncio.Event()
         self._waiting = 0
 
-    @asynccontextmanager
-    async def one(self) -> AsyncIterator[Slot]:
-        await self._acquire()
-        slot = Slot(self)
-        try:
-            yield slot
-        finally:
-            slot.give_back()
+    def one(self) -> Slot:
+        """For ``async with``."""
+        return Slot(self)
 
-    async def _acquire(self) -> None:
+    async def acquire(self) -> None:
+        """Wait for a slot; while somebody does, there is pressure."""
         self._waiting += 1
         if self.free.locked():
             self.pressure.set()

@@ -197,8 +197,10 @@ def _queue_move(db: Store, flush: Flush, before: Run, after: Run, entries: Seque
         return []
     values |= codec.entry_values(entries[0], db.payloads)
     written = [flush.add(db.sql.move(tuple(changes), stepped=True), values)]
-    more = ({"run": after.id_text} | codec.entry_values(entry, db.payloads) for entry in entries[1:])
-    return [*written, *(flush.add(db.sql.write, values) for values in more)]
+    for entry in entries[1:]:
+        values = {"run": after.id_text} | codec.entry_values(entry, db.payloads)
+        written.append(flush.add(db.sql.write, values))
+    return written
 
 
 def _queue_inbox(db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message]) -> None:

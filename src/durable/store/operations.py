@@ -24,7 +24,6 @@ from psycopg.rows import tuple_row
 from durable.core.state import MessageKind
 from durable.define.payload import canonical_hash
 from durable.errors import PayloadError
-from durable.queue import ADVANCE, RING
 from durable.store import flush
 from durable.store.codec import clean
 from durable.store.connection import Connection
@@ -38,10 +37,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A job that was put into the hands of the worker that was named. `task`, `given`: what it is to do."""
+    """A job that was put into the hands of the worker that was named. `given`: its arguments."""
 
     id: int
-    task: str
     given: Mapping[str, Any]
 
 
@@ -175,7 +173,7 @@ select answer, run, job from "{db.schema}".post_message(
 
 def _sent(rows: Sequence[tuple[Any, ...]]) -> Sent:
     answer, run, job = rows[0]
-    return Sent(answer, None if job is None else Begun(job, RING, {"run_id": str(run)}))
+    return Sent(answer, None if job is None else Begun(job, {"run_id": str(run)}))
 
 
 def resume(db: Store, run_id: uuid.UUID, name: str, body: JsonText | None = None) -> Query[Resumed]:
@@ -263,7 +261,7 @@ async def execute_async(query: Query[T], connection: Any) -> T:
 
 def _begun(rows: Sequence[tuple[Any, ...]]) -> Started:
     id_, created, same, job = rows[0]
-    begun = None if job is None else Begun(job, ADVANCE, {"run_id": str(id_), "revision": 0})
+    begun = None if job is None else Begun(job, {"run_id": str(id_), "revision": 0})
     return Started(id_, created, same, begun)
 
 

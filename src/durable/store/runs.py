@@ -124,7 +124,7 @@ async def let_go(db: Store, connection: Connection) -> None:
 async def abandon(connection: Connection) -> None:
     """After an error: leave no transaction open. A connection that can't even roll back is closed."""
     try:
-        if connection.info.transaction_status is not TransactionStatus.IDLE:
+        if connection.pgconn.transaction_status != TransactionStatus.IDLE:
             await send(connection, ROLLBACK)
     except psycopg.OperationalError:
         await connection.close()
