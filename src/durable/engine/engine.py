@@ -56,7 +56,7 @@ class Options:
     pool_size: int = 10
     detach_after: float = 2.0
     max_crashes: int = 5
-    burst_steps: int = 32
+    burst_steps: int = 100
     burst_seconds: float = 0.25
     nap_seconds: float = 0.1  # sleeps and retry delays up to this stay in the worker
 
