@@ -399,6 +399,17 @@ end
 $$;
 
 
+-- Whether something lies in a run's inbox. Volatile: it has a snapshot of its own, which sees what was committed while its
+-- caller's statement waited for the run's row.
+create function has_mail(p_run uuid) returns boolean
+language plpgsql volatile
+as $$
+begin
+  return exists (select from {schema}.inbox i where i.run_id = p_run and i.state <> 'taken');
+end
+$$;
+
+
 -- Ends the caller's transaction with a name that durable.store.errors knows: a guard that also works in the middle of a
 -- pipeline, where nobody reads a result before COMMIT is on its way. Never returns; a uuid, to stand for a run's id.
 create function refuse(p_constraint text, p_message text) returns uuid
@@ -486,15 +497,14 @@ begin
     end if;
   end if;
 
-  insert into journal (
-    run_id, step_id, kind, status, result, error, attempt, parent, extra, started_at, finished_at
+  insert into journal (  -- seq: before all that is written at revision 1
+    run_id, step_id, seq, kind, status, result, error, attempt, parent, extra, started_at, finished_at
   )
-  select p_id, j.step_id, j.kind, j.status, j.result, j.error, j.attempt, j.parent,
+  select p_id, j.step_id, row_number() over (order by j.seq), j.kind, j.status, j.result, j.error, j.attempt, j.parent,
     coalesce(j.extra, '{}') || '{"copied": true}', j.started_at, j.finished_at
   from journal j
   where j.run_id = p_run and j.seq < v_end and j.status <> 'suspended' and j.kind not in ('undo', 'result')
-    and step_root(j.step_id) <> v_root
-  order by j.seq;
+    and step_root(j.step_id) <> v_root;
 
   insert into runs (  -- revision 0 would be a run that nothing has happened to
     id, revision, workflow, version, input, input_hash, queue, priority, tags, root_id, current_step, seed, forked_from,

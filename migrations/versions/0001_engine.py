@@ -76,7 +76,7 @@ create index runs_finished_at_idx on runs (finished_at) where finished_at is not
 create table journal (
   run_id uuid not null,
   step_id text not null,
-  seq bigint generated always as identity,
+  seq bigint not null,
   kind text not null,
   status text not null,
   result json,
@@ -252,7 +252,8 @@ end $drop$
 
 FUNCTIONS: Final = (
   "engine_now", "enqueue", "wake_workers", "chain_end", "sent_before", "start_run", "start_runs", "post_message",
-  "send_message", "forward_messages", "resume_wait", "step_root", "fork_run", "refuse", "check_run", "check_entry",
+  "send_message", "forward_messages", "resume_wait", "step_root", "fork_run", "has_mail", "refuse", "check_run",
+  "check_entry",
 )  # fmt: skip
 
 

@@ -60,10 +60,10 @@ async def test_no_such_run(store: Store, connection: Connection, mode: Any) -> N
 
 async def test_with_the_journal(store: Store, connection: Connection) -> None:
     run = await started(store, connection)
-    columns = "run_id, step_id, kind, status, result, attempt, finished_at"
-    for name in ("b", "a"):
-        insert = f"insert into durable.journal ({columns}) values (%s, %s, 'step', 'completed', '1', 1, now())"
-        await connection.execute(insert.encode(), [run.id, name])
+    columns = "run_id, step_id, seq, kind, status, result, attempt, finished_at"
+    for seq, name in enumerate(("b", "a")):
+        insert = f"insert into durable.journal ({columns}) values (%s, %s, %s, 'step', 'completed', '1', 1, now())"
+        await connection.execute(insert.encode(), [run.id, name, seq])
     for with_journal in (False, True, True):
         locked = await begin_and_lock(store, connection, run.id, with_journal=with_journal)
         assert locked is not None

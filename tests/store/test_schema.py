@@ -190,8 +190,8 @@ def test_an_entry_that_breaks_an_invariant_is_refused(
     plain: psycopg.Connection[Any], kind: str, status: str, check: str
 ) -> None:
     put_entry = (
-        "insert into durable.journal (run_id, step_id, kind, status, finished_at) values (gen_random_uuid(), 'a', %s, "
-        "%s, now())"
+        "insert into durable.journal (run_id, step_id, seq, kind, status, finished_at) "
+        "values (gen_random_uuid(), 'a', 1, %s, %s, now())"
     )
     with pytest.raises(psycopg.errors.CheckViolation) as caught:
         plain.execute(put_entry, [kind, status])

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Final
 
 from durable.core.state import Entry
 from durable.define.nodes import Workflow
+
+AT_ONCE: Final = 2**20
+"""More entries than one transition writes."""
+
+
+def placed(entries: Iterable[Entry], revision: int) -> tuple[Entry, ...]:
+    """Entries with their place in the journal, `seq`: behind all that was written at an earlier revision, whatever of
+    it has been pruned since."""
+    return tuple([entry.placed(revision * AT_ONCE + n) for n, entry in enumerate(entries)])
 
 
 class Journal(dict[str, Entry]):

@@ -55,7 +55,7 @@ EntryStatus: TypeAlias = Literal["completed", "failed", "suspended"]
 class Entry:
     """One journal row: a (sub-)node that finished, or one that returned ``Suspend`` (status ``suspended``).
 
-    `seq` is 0 until the row has been written; the order of `seq` is the order in which entries were written.
+    `seq` is 0 until the entry is written; its order is that in which the run's entries were written.
     `extra` holds what the engine must remember beside the result (JSON-able, small: a loop's next item is JSON text).
     """
 

@@ -57,7 +57,7 @@ async def continue_burst(engine: Engine, run_id: uuid.UUID, revision: int, kind:
     engine.at(Point.BEFORE_LOCK, None)
     async with engine.slots.one() as slot:
         try:
-            hold = await take(engine, run_id)
+            hold = await take(engine, run_id, revision=revision)
         except RowBusy:  # whoever holds the row may end without moving the run on
             await engine.enqueue_later(run_id, revision, kind)
             return None

@@ -263,15 +263,18 @@ class Hold:
         await self._desk.pool.putconn(self.connection)
 
 
-async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Claim | None = None) -> Hold | None:
-    """Lock a run and load it. None if there is no such run, it was skipped, or `claim` no longer holds it.
+async def take(
+    desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Claim | None = None, revision: int | None = None
+) -> Hold | None:
+    """Lock a run and load it. None if there is no such run, it was skipped, or `claim` no longer holds it. `revision`:
+    where it is expected to be; at 0 nothing has been written of it.
 
     Raises RowBusy if somebody else has held the row for a second.
     """
     connection = await desk.pool.getconn()
     try:
-        kept_here = run_id in desk.bodies
-        locked = await begin_and_lock(desk.store, connection, run_id, mode, with_journal=not kept_here)
+        with_journal = revision != 0 and run_id not in desk.bodies
+        locked = await begin_and_lock(desk.store, connection, run_id, mode, with_journal=with_journal)
         if locked is not None and claim is not None and locked.run.claim != claim:
             await let_go(desk.store, connection)
             locked = None
@@ -279,9 +282,11 @@ async def take(desk: Desk, run_id: uuid.UUID, *, mode: Mode = "wait", claim: Cla
             kept = desk.bodies.take(run_id, locked.run.revision)
             if kept is not None:
                 return Hold(desk, connection, locked, kept.journal, kept.body)
-            if locked.journal is not None:
-                return Hold(desk, connection, locked, locked.journal)
-            return Hold(desk, connection, locked, await load_journal(desk.store, connection, run_id))
+            journal = locked.journal
+            if journal is None:
+                fresh = locked.run.revision == 0
+                journal = Journal() if fresh else await load_journal(desk.store, connection, run_id)
+            return Hold(desk, connection, locked, journal)
     except BaseException:
         if connection.pgconn.transaction_status != TransactionStatus.IDLE:
             await abandon(connection)

@@ -7,13 +7,14 @@ may end with COMMIT and the next lock (`apply_and_relock`), and nothing of a ref
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any
 
 import psycopg
 
 from durable.core.control import REQUESTS  # one that waits behind another is still to be heard
 from durable.core.frozen import value
+from durable.core.journal import placed
 from durable.core.state import Entry, Failure, Message, Run
 from durable.core.transition import Event, Successor, Transition
 from durable.define.payload import canonical_hash
@@ -22,6 +23,7 @@ from durable.store.connection import Connection
 from durable.store.db import Store
 from durable.store.errors import InternalError, translated
 from durable.store.flush import Answer, Flush
+from durable.store.inbox import load_inbox
 from durable.store.jobs import queue_continuation
 from durable.store.runs import Committed, Locked, abandon, let_go, messages_of, not_locked, went_through
 from durable.values import MOVES, Status
@@ -52,11 +54,11 @@ async def apply(
     Raises StaleRevision or JournalConflict, and then the transaction is lost: ``abandon`` the connection.
     """
     flush = Flush(connection)
-    written = _queue(db, flush, transition, inbox, journal)
+    applied = _queue(db, flush, transition, inbox, journal)
     _queue_next(db, flush, transition, quiet=quiet)
     with translated():
         await flush.send()
-    return _applied(transition, written)
+    return applied
 
 
 async def apply_and_commit(
@@ -72,12 +74,13 @@ async def apply_and_commit(
     """`apply` and COMMIT in one flush: the end of a burst. Who waits for the run's end, or for a reply, is told behind
     the commit. Raises, with no transaction left open, if it was not committed. `whole`: only if nothing else lies in
     the inbox: else InboxNews is raised."""
-    written, commit = list[Answer](), Answer()
+    commit = Answer()
+    applied = Applied(())
     try:
         flush = Flush(connection)
         if whole is not None:
             flush.add(db.sql.unchanged, {"run": transition.after.id, "seqs": [message.seq for message in whole]})
-        written = _queue(db, flush, transition, inbox, journal)
+        applied = _queue(db, flush, transition, inbox, journal)
         _queue_next(db, flush, transition, quiet=quiet)
         commit = flush.add(db.sql.commit)
         if transition.ends or transition.replies:
@@ -90,14 +93,14 @@ async def apply_and_commit(
             with translated():
                 raise error
         log.warning("run %s: who waits for it was not told, and looks by himself: %s", transition.after.id, error)
-    return _applied(transition, written)
+    return applied
 
 
 async def apply_and_relock(
     db: Store,
     connection: Connection,
     transition: Transition,
-    inbox: Iterable[Message] = (),
+    inbox: Collection[Message] = (),
     *,
     journal: Container[str] | None = None,
 ) -> tuple[Applied, Committed]:
@@ -108,34 +111,36 @@ async def apply_and_relock(
     revision just written it is ``transition.after``; at another one somebody took over, and there is no lock.
     """
     run = {"run": transition.after.id_text}
-    written: list[Answer] = []
-    commit = Answer()
+    applied, commit = Applied(()), Answer()
     try:
         flush = Flush(connection)
-        written = _queue(db, flush, transition, inbox, journal)
+        applied = _queue(db, flush, transition, inbox, journal)
         commit = flush.add(db.sql.commit_and_begin)
         row = flush.add(db.sql.relock, run)
-        messages = flush.add(db.sql.inbox, run)
+        messages = flush.add(db.sql.inbox, run) if inbox else None
         await flush.send()
         went_through(commit)
         committed = await _relocked(db, connection, transition.after, row, messages)
     except BaseException as error:
         committed = await not_locked(connection, commit, error)
-    return _applied(transition, written), committed
+    return applied, committed
 
 
-async def _relocked(db: Store, connection: Connection, run: Run, row: Answer, messages: Answer) -> Committed:
-    found = row.row
-    if found is None or found[0] != run.revision:
+async def _relocked(db: Store, connection: Connection, run: Run, row: Answer, messages: Answer | None) -> Committed:
+    """`messages`: what lies in the inbox, if that was asked for; mostly nothing does."""
+    revision, now, has_mail = row.row or (None, None, False)
+    if revision != run.revision:
         await let_go(db, connection)
         return Committed(None)
-    return Committed(Locked(run, found[1], messages_of(db, messages.rows)))
+    if messages is not None:
+        return Committed(Locked(run, now, messages_of(db, messages.rows)))
+    return Committed(Locked(run, now, await load_inbox(db, connection, run.id) if has_mail else ()))
 
 
 def _queue(
     db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message], journal: Container[str] | None
-) -> list[Answer]:
-    """Queue all that there is to write, but for the next job. The answers are the entries' places in the journal."""
+) -> Applied:
+    """Queue all that there is to write, but for the next job."""
     before, after, sql, payloads = transition.before, transition.after, db.sql, db.payloads
     check_move(before, after)
     check_successor(transition)
@@ -146,7 +151,8 @@ def _queue(
         flush.add(sql.prune, run | {"steps": list(transition.prune)})
     if known := [entry.step_id for entry in transition.entries if journal is None or entry.step_id in journal]:
         flush.add(sql.make_room, run | {"steps": known})
-    written = _queue_move(db, flush, before, after, transition.entries)
+    entries = placed(transition.entries, after.revision)
+    _queue_move(db, flush, before, after, entries)
     for attempt in transition.attempts:
         values = {
             "step_id": attempt.step_id,
@@ -180,7 +186,7 @@ def _queue(
         flush.add(sql.start_child, run | values)
 
     deliveries.queue(db, flush, after, transition.reports)
-    return written
+    return Applied(entries)
 
 
 def _queue_next(db: Store, flush: Flush, transition: Transition, *, quiet: bool) -> None:
@@ -188,19 +194,17 @@ def _queue_next(db: Store, flush: Flush, transition: Transition, *, quiet: bool)
         queue_continuation(db, flush, f"durable.{transition.next.value}", transition.after, quiet=quiet)
 
 
-def _queue_move(db: Store, flush: Flush, before: Run, after: Run, entries: Sequence[Entry]) -> list[Answer]:
+def _queue_move(db: Store, flush: Flush, before: Run, after: Run, entries: Sequence[Entry]) -> None:
     """The run's row, with the first entry in the same statement: most transitions have one, and nothing else."""
     changes = codec.run_changes(before, after, db.payloads)
     values = changes | {"run": after.id_text, "before": before.revision}
     if not entries:
         flush.add(db.sql.move(tuple(changes), stepped=False), values)
-        return []
+        return
     values |= codec.entry_values(entries[0], db.payloads)
-    written = [flush.add(db.sql.move(tuple(changes), stepped=True), values)]
+    flush.add(db.sql.move(tuple(changes), stepped=True), values)
     for entry in entries[1:]:
-        values = {"run": after.id_text} | codec.entry_values(entry, db.payloads)
-        written.append(flush.add(db.sql.write, values))
-    return written
+        flush.add(db.sql.write, {"run": after.id_text} | codec.entry_values(entry, db.payloads))
 
 
 def _queue_inbox(db: Store, flush: Flush, transition: Transition, inbox: Iterable[Message]) -> None:
@@ -227,14 +231,6 @@ def _queue_successor(db: Store, flush: Flush, run: Run, successor: Successor) ->
     }
     flush.add(db.sql.start_successor, values)
     flush.add(db.sql.hand_over, values)
-
-
-def _applied(transition: Transition, written: Sequence[Answer]) -> Applied:
-    entries = []
-    for entry, answer in zip(transition.entries, written, strict=True):
-        assert answer.row is not None  # an error or a seq
-        entries.append(entry.placed(answer.row[0]))
-    return Applied(tuple(entries))
 
 
 def check_move(before: Run, after: Run) -> None:

@@ -272,6 +272,7 @@ def entry_values(entry: Entry, payloads: Payloads) -> dict[str, Any]:
     """An entry as parameters; their names are apart from those of the run's columns, with which it is written."""
     return {
         "step_id": entry.step_id,
+        "seq": entry.seq,
         "kind": entry.kind.value,
         "entry_status": entry.status,
         "result": payloads.encoded(entry.result),

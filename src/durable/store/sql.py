@@ -25,10 +25,10 @@ _STALE: Final = """{schema}.refuse(
   'runs_revision', 'run ' || %(run)s || ' is no longer at revision ' || %(before)s
 )"""
 
-_COLUMNS: Final = "step_id, kind, status, result, error, attempt, started_at, finished_at, parent, extra"
+_COLUMNS: Final = "step_id, seq, kind, status, result, error, attempt, started_at, finished_at, parent, extra"
 _VALUES: Final = (
-    "%(step_id)s, %(kind)s, %(entry_status)s, %(result)s, %(entry_error)s, %(attempt)s, %(began_at)s, %(ended_at)s, "
-    "%(parent)s, %(extra)s"
+    "%(step_id)s, %(seq)s, %(kind)s, %(entry_status)s, %(result)s, %(entry_error)s, %(attempt)s, %(began_at)s, "
+    "%(ended_at)s, %(parent)s, %(extra)s"
 )
 
 _MOVED: Final = f"""
@@ -43,7 +43,6 @@ _MOVED_BY_STEP: Final = f"""
 {_UPDATE.strip()}
 insert into {{schema}}.journal (run_id, {_COLUMNS})
 values (coalesce((select id from moved), {_STALE}), {_VALUES})
-returning seq
 """
 
 
@@ -66,8 +65,8 @@ from (select * from {{schema}}.runs where id = %(run)s for update skip locked) r
 """)
 
     relock = statement(f"""
--- lock a run that was just written: only another revision would have changed it
-select revision, {_NOW}
+-- lock a run that was just written: only another revision would have changed it; and whether its inbox is worth a look
+select revision, {_NOW}, {{schema}}.has_mail(%(run)s)
 from (select revision from {{schema}}.runs where id = %(run)s for update) run
 """)
 
@@ -154,7 +153,7 @@ delete from {schema}.journal where run_id = %(run)s and step_id = any(%(steps)s)
 
     write = statement(f"""
 -- one more entry
-insert into {{schema}}.journal (run_id, {_COLUMNS}) values (%(run)s, {_VALUES}) returning seq
+insert into {{schema}}.journal (run_id, {_COLUMNS}) values (%(run)s, {_VALUES})
 """)
 
     attempt = statement("""

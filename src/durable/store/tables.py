@@ -124,7 +124,7 @@ journal = sa.Table(
     metadata,
     sa.Column("run_id", sa.Uuid, primary_key=True),
     sa.Column("step_id", sa.Text, primary_key=True),
-    sa.Column("seq", sa.BigInteger, sa.Identity(always=True), nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),  # in the order of writing; it follows from the run's revision
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("result", JSON),
