@@ -682,8 +682,8 @@ async def test_waiters_are_told_once(store: Store, connection: Connection, direc
         await sweep.register_waiter(store, connection, run, waiter)
     waiting = "select waiter from durable.waiters order by waiter"
     assert [waiter for (waiter,) in await rows(connection, waiting)] == waiters
-    for told in (run, uuid.uuid4(), run):
-        await tell(store, connection, told)
+    for ended in (run, uuid.uuid4(), run):
+        await tell(store, connection, ended)
     assert await rows(connection, waiting) == []
     told = [notice.payload async for notice in direct.notifies(timeout=0.5)]
     assert told == [str(run)]
