@@ -704,7 +704,7 @@ WITH_RUN = ("journal", "inbox", "attempts", "events", "waiters")
 async def furnish(connection: Connection, run: uuid.UUID) -> None:
     """A row in every table that belongs to runs."""
     for table, columns, values in (
-        ("journal", "step_id, kind, status, finished_at", "'a', 'step', 'completed', now()"),
+        ("journal", "step_id, seq, kind, status, finished_at", "'a', 1, 'step', 'completed', now()"),
         ("inbox", "kind, state, sent_at", "'signal', 'taken', now()"),
         ("attempts", "step_id, attempt, kind, finished_at", "'a', 1, 'failed', now()"),
         ("events", "kind, at", "'created', now()"),
