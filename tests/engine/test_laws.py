@@ -191,10 +191,10 @@ async def test_the_journal_takes_one_entry_a_step(dsn: str, facts: Facts) -> Non
     async with working(dsn, two) as bench:
         run = await bench.app.start(two)
         await bench.drain()
-    columns = "run_id, step_id, seq, kind, status, result, attempt, finished_at"
-    again = f"insert into durable.journal ({columns}) select {columns} from durable.journal where step_id = 'a'"
+    columns = "run_id, step_id, kind, status, result, attempt, finished_at"
+    again = f"insert into durable.journal (seq, {columns}) select seq + 1, {columns} from durable.journal"
     with pytest.raises(psycopg.errors.UniqueViolation):
-        facts.execute(again)
+        facts.execute(f"{again} where step_id = 'a'")
     assert facts.journal(run) == ["a", "b"]
 
 
