@@ -161,9 +161,7 @@ MUTANTS: Final = (
         (
             Edit(
                 MOVES,
-                """    if gone:  # over before they were written
-        entries = tuple(entry for entry in entries if entry.step_id not in gone)
-""",
+                "        entries = tuple(entry for entry in entries if entry.step_id not in gone)\n",
                 "",
             ),
         ),
