@@ -14,10 +14,7 @@ import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from select import select
 from typing import Final
-
-import psycopg
 
 from durable import migrate, portal
 from durable.config import Database, Embedded, resolve
@@ -26,7 +23,7 @@ from durable.engine.desk import Desk
 from durable.engine.hooks import Hooks
 from durable.errors import ConfigurationError
 from durable.store.connection import Connection
-from durable.store.db import Store
+from durable.store.db import Store, alive
 from durable.waiting import Endings
 
 log = logging.getLogger("durable")
@@ -69,22 +66,11 @@ class Link:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection of the pool, in autocommit, that the server has not closed while it lay there."""
-        connection = await self.pool.getconn()
+        connection = await alive(self.pool)
         try:
-            while _has_news(connection) and not await self._answers(connection):
-                await self.pool.putconn(connection)
-                connection = await self.pool.getconn()
             yield connection
         finally:
             await self.pool.putconn(connection)
-
-    async def _answers(self, connection: Connection) -> bool:
-        try:
-            await self.pool.check_connection(connection)
-        except psycopg.Error:
-            await connection.close()
-            return False
-        return True
 
 
 class Connecting:
@@ -181,16 +167,6 @@ class Connecting:
 
 
 def _nothing() -> None: ...
-
-
-def _has_news(connection: Connection) -> bool:
-    """Whether the server has said something that nobody asked for: mostly that it is gone."""
-    if connection.closed:
-        return True
-    try:
-        return bool(select([connection.fileno()], [], [], 0)[0])
-    except (OSError, ValueError):
-        return True  # more than 1,023 files are open: ask
 
 
 def _after_fork() -> None:

@@ -75,7 +75,7 @@ from durable.working import in_background, new_worker, until_started, work, work
 
 if TYPE_CHECKING:
     from durable.worker import Worker
-    from durable.worker.serving import LastingWorker
+    from durable.worker.takeup import TakeUp
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -147,7 +147,7 @@ class AsyncDurable(Defining):
         self.store = Store("", schema=wanted.schema, codec=arguments.codec(codec), max_payload=limit)
         self._definitions = Definitions(workflows, imports)
         self._connecting = Connecting(wanted, self.store, self._definitions.known, self.hooks)
-        self._serving: dict[asyncio.AbstractEventLoop, LastingWorker] = {}
+        self._taking_up: dict[asyncio.AbstractEventLoop, TakeUp] = {}
 
     # ---------------------------------------------------------------- life
 
@@ -236,10 +236,8 @@ class AsyncDurable(Defining):
         if connection is not None:
             found = await self._write(operations.start(self.store, run), connection)
         else:
-            found = await self._begin(partial(operations.start, self.store, run), ADVANCE, repeat=True)
-        handle = AsyncRun[Any](self, _same(found, run), uncommitted=connection is not None)
-        handle._begun = found.begun is not None
-        return handle
+            found = await self._begin(partial(operations.start, self.store, run), ADVANCE, run.id, repeat=True)
+        return AsyncRun(self, _same(found, run), uncommitted=connection is not None)
 
     async def start_many(
         self,
@@ -286,10 +284,11 @@ class AsyncDurable(Defining):
         `id`: the same one twice is one signal. `connection=`: it is sent exactly if your transaction commits.
         False: the run has ended. Raises RunNotFound, PayloadError.
         """
-        query = self._signaling(run_id, name, payload, id)
+        id_ = _id(run_id)
+        query = self._signaling(id_, name, payload, id)
         if connection is not None:
-            return _delivered(await self._write(query(), connection), run_id)
-        return _delivered(await self._begin(query, RING, repeat=id is not None), run_id)
+            return _delivered(await self._write(query(), connection), id_)
+        return _delivered(await self._begin(query, RING, id_, repeat=id is not None), id_)
 
     async def request(
         self,
@@ -310,7 +309,8 @@ class AsyncDurable(Defining):
         if limit is None:
             raise ConfigurationError("timeout=None: a request waits a time of its own, in seconds")
         message = arguments.message_id(id) or str(uuid.uuid4())
-        sent = await self._begin(self._signaling(id_, name, payload, message, wants_reply=True), RING, repeat=True)
+        query = self._signaling(id_, name, payload, message, wants_reply=True)
+        sent = await self._begin(query, RING, id_, repeat=True)
         if not _delivered(sent, id_):
             link = await self._connecting.link()
             raise _unanswered(await link.endings.outcome(id_, 0), name)
@@ -478,13 +478,10 @@ class AsyncDurable(Defining):
         `timeout`: seconds or a timedelta. Raises RunFailed, RunCanceled, TimeoutError; RunNotFound.
         """
         id_, limit = _id(run_id), arguments.span(timeout, "timeout")
-        uncommitted = begun = False
-        if not isinstance(run_id, RunId):
-            uncommitted, begun, run_id._begun = run_id.uncommitted, run_id._begun, False
+        uncommitted = not isinstance(run_id, RunId) and run_id.uncommitted
         link = await self._connecting.link()
-        outcome = await link.endings.outcome(
-            id_, None if limit is None else limit.total_seconds(), uncommitted=uncommitted, begun=begun
-        )
+        seconds = None if limit is None else limit.total_seconds()
+        outcome = await link.endings.outcome(id_, seconds, uncommitted=uncommitted)
         if outcome.status is not Status.COMPLETED:
             raise _not_completed(outcome)
         assert outcome.result is not None
@@ -600,32 +597,28 @@ class AsyncDurable(Defining):
                 return await operations.execute_async(query, connection)
         return await self._on_connection(lambda its: operations.execute_own(query, its), repeat=repeat)
 
-    async def _begin(self, query: Callable[..., Query[Beginning]], task: str, *, repeat: bool) -> Beginning:
-        """Execute what puts a job for `task` into the queue. If a worker of this app has nothing else to do on this
-        event loop, it is named in the query, and begins with the job at once."""
-
-        async def do(its: Connection) -> Beginning:
-            serving = self._serving.get(asyncio.get_running_loop())
-            if serving is not None and (seat := serving.seat()) is not None:
-                with seat, suppress(psycopg.errors.ForeignKeyViolation):  # the queue has forgotten the worker meanwhile
-                    found = await operations.execute_own(query(worker=seat.worker, queue=self.queue), its)
-                    if (begun := found.begun) is not None:
-                        seat.take(begun.id, self.queue, task, begun.given)
+    async def _begin(
+        self, query: Callable[..., Query[Beginning]], task: str, run_id: uuid.UUID, *, repeat: bool
+    ) -> Beginning:
+        """Execute what puts a job of `task` for a run into the queue. If a worker of this app has nothing else to do on
+        this event loop, it begins with the job at once."""
+        take_up = self._taking_up.get(asyncio.get_running_loop())
+        if take_up is not None:
+            with suppress(*((psycopg.OperationalError,) if repeat else ())):
+                if (found := await take_up.begin(query, task, run_id)) is not None:
                     return found
-            return await operations.execute_own(query(), its)
-
-        return await self._on_connection(do, repeat=repeat)
+        return await self._on_connection(lambda its: operations.execute_own(query(), its), repeat=repeat)
 
     @contextmanager
-    def _worked_by(self, serving: LastingWorker) -> Iterator[None]:
-        """In this block the worker takes up what this app starts on this event loop."""
+    def _worked_by(self, take_up: TakeUp) -> Iterator[None]:
+        """In this block a worker takes up what this app starts on this event loop."""
         loop = asyncio.get_running_loop()
-        self._serving[loop] = serving
+        self._taking_up[loop] = take_up
         try:
             yield
         finally:
-            if self._serving.get(loop) is serving:
-                del self._serving[loop]
+            if self._taking_up.get(loop) is take_up:
+                del self._taking_up[loop]
 
     async def _on_connection(self, do: Callable[[Connection], Awaitable[T]], *, repeat: bool) -> T:
         """With a connection of the pool. `repeat`: once more if it was lost, for what may be done twice."""

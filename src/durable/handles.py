@@ -62,7 +62,6 @@ class _Handle:
     id: uuid.UUID
     uncommitted: bool
     """It was started in a transaction of the caller's: ``result`` waits until that is committed."""
-    _begun = False  # by the start itself, in this process: nobody has asked for its result yet
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Handle) and other.id == self.id

@@ -12,18 +12,20 @@ import asyncio
 import logging
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from typing import Any, Final, TypeAlias
 
 import psycopg
 from psycopg_pool import PoolTimeout
 
+from durable.core.state import Entry, Run
 from durable.errors import RunNotFound
 from durable.store import read, sweep
 from durable.store.connection import Connection
 from durable.store.db import Store, connection_settings
 from durable.store.read import Answer, Outcome
+from durable.values import Status
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +48,41 @@ class Endings:
     def __init__(self, store: Store, borrow: Borrow) -> None:
         self._store, self._borrow = store, borrow
         self._id = uuid.uuid4()
-        self._waiting: defaultdict[uuid.UUID, set[asyncio.Event]] = defaultdict(set)
+        self._waiting: defaultdict[uuid.UUID, set[_Waiter]] = defaultdict(set)
+        self._at_hand: set[uuid.UUID] = set()
         self._connecting = asyncio.Lock()
         self._ear: asyncio.Task[None] | None = None
         self._heard = 0  # how many connections have listened
         self._next_try = 0.0
 
-    async def outcome(
-        self, run_id: uuid.UUID, timeout: float | None, *, uncommitted: bool = False, begun: bool = False
-    ) -> Outcome:
-        """How the run ended, once it has, or the one that it went on as. `begun`: this process has just done that, so
-        it is hardly over yet. Raises RunNotFound, unless its start may still commit; TimeoutError."""
+    def hold(self, run_id: uuid.UUID) -> None:
+        """A job takes the run further on this event loop, until `let_go`. Who waits for it here need not ask the
+        database to be told: if the run ends by that, `ended` says so."""
+        self._at_hand.add(run_id)
+
+    def let_go(self, run_id: uuid.UUID) -> None:
+        """The job is over: who has not asked the database yet does so now."""
+        self._at_hand.discard(run_id)
+        for waiter in self._waiting.get(run_id, ()):
+            if waiter.unregistered:
+                waiter.told.set()
+
+    def ended(self, run: Run, journal: Callable[[], Mapping[str, Entry]]) -> None:
+        """The run has ended on this event loop, and that is committed: who waits for it here need not read it."""
+        waiters = self._waiting.get(run.id)
+        if not waiters:
+            return
+        done = run.status is Status.COMPLETED and run.successor is None
+        found = read.completed(run, journal().values()) if done else None
+        for waiter in waiters:
+            waiter.found = found
+            waiter.told.set()
+
+    async def outcome(self, run_id: uuid.UUID, timeout: float | None, *, uncommitted: bool = False) -> Outcome:
+        """How the run ended, once it has, or the one that it went on as. Raises RunNotFound, unless its start may still
+        commit; TimeoutError."""
         with self._waiter(run_id, timeout) as waiter:
-            found = await (waiter.look(run_id) if begun else self._read(run_id))
+            found = await (waiter.look(run_id) if run_id in self._at_hand else self._read(run_id))
             while found is None or not found.status.ended:
                 if found is None and not uncommitted:
                     raise RunNotFound(run_id)
@@ -123,21 +147,21 @@ class Endings:
         try:
             yield waiter
         finally:
-            self._forget(waiter.at, waiter.told)
+            self._forget(waiter.at, waiter)
 
-    def _forget(self, run_id: uuid.UUID, told: asyncio.Event) -> None:
+    def _forget(self, run_id: uuid.UUID, waiter: _Waiter) -> None:
         if run_id in self._waiting:
-            self._waiting[run_id].discard(told)
+            self._waiting[run_id].discard(waiter)
             if not self._waiting[run_id]:
                 del self._waiting[run_id]
 
-    async def _register(self, run_id: uuid.UUID, told: asyncio.Event) -> None:
-        self._waiting[run_id].add(told)
+    async def _register(self, run_id: uuid.UUID, waiter: _Waiter) -> None:
+        self._waiting[run_id].add(waiter)
         async with self._borrow() as connection:
             await sweep.register_waiter(self._store, connection, run_id, self._id)
 
-    async def _register_and_read(self, run_id: uuid.UUID, told: asyncio.Event) -> Outcome | None:
-        self._waiting[run_id].add(told)
+    async def _register_and_read(self, run_id: uuid.UUID, waiter: _Waiter) -> Outcome | None:
+        self._waiting[run_id].add(waiter)
         return await self._read(run_id, waiter=self._id)
 
     # ---------------------------------------------------------------- being told
@@ -174,14 +198,14 @@ class Endings:
         try:
             async for notice in connection.notifies():
                 with suppress(ValueError):
-                    for told in self._waiting.get(uuid.UUID(notice.payload), ()):
-                        told.set()
+                    for waiter in self._waiting.get(uuid.UUID(notice.payload), ()):
+                        waiter.told.set()
         except psycopg.Error as error:
             log.debug("the connection that listens for the ends of runs was lost: %s", error)
         finally:
             for waiting in list(self._waiting.values()):  # what was told meanwhile is lost: look
-                for told in waiting:
-                    told.set()
+                for waiter in waiting:
+                    waiter.told.set()
             await connection.close()
 
     # ---------------------------------------------------------------- saying why it takes long
@@ -208,7 +232,9 @@ class _Waiter:
         self._began = self._now()
         self._end = self._began + timeout if timeout is not None else float("inf")
         self._listening: int | None = None  # with which connection it is registered
+        self._relied = False  # on what this process does with the run
         self.at, self.told = run_id, asyncio.Event()
+        self.found: Outcome | None = None  # what it was told with
 
     @property
     def late(self) -> bool:
@@ -218,32 +244,50 @@ class _Waiter:
     async def look(self, at: uuid.UUID) -> Outcome | None:
         """How the run `at` stands, once there may be something new of it, or after a while. The first look is at once,
         and makes sure that there is somebody to tell; so does the one after each time that it was told."""
+        if at in self._endings._at_hand and not self._relied:
+            self._relied = True  # once: what it is at may take long, and be ended elsewhere
+            self._follow(at)
+            self._endings._waiting[at].add(self)
+            await self._until_told(LOOK)
+            if self.found is not None:
+                return self.found
         if await self._registered(at):
             await self._until_told(LOOK)
-            return await self._endings._read(at)
-        found = await self._endings._register_and_read(at, self.told)
+            return self.found or await self._endings._read(at)
+        found = await self._endings._register_and_read(at, self)
         self._heed()
-        return found
+        return self.found or found
 
     async def rest(self, at: uuid.UUID, seconds: float) -> None:
         """The same for who looks at something else of the run: to be done when this returns."""
         if await self._registered(at):
             await self._until_told(seconds)
         else:
-            await self._endings._register(at, self.told)
+            await self._endings._register(at, self)
             self._heed()
 
     async def _registered(self, at: uuid.UUID) -> bool:
         """Whether somebody is told of the run `at`. If not, it is to be registered now."""
         listening = await self._endings._listen()
+        self._follow(at)
+        known, self._listening = self._listening, listening
+        return known == listening
+
+    @property
+    def unregistered(self) -> bool:
+        """Whether nobody but this process can tell it anything."""
+        return self._listening is None
+
+    def _follow(self, at: uuid.UUID) -> None:
+        """Wait for the run `at` from here on."""
         if at != self.at:
-            self._endings._forget(self.at, self.told)
-        known, (self.at, self._listening) = (self.at, self._listening), (at, listening)
-        return known == (at, listening)
+            self._endings._forget(self.at, self)
+            self.at, self._listening = at, None
 
     async def _until_told(self, seconds: float) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.told.wait(), self._at_most(seconds))
+            async with asyncio.timeout(self._at_most(seconds)):
+                await self.told.wait()
         self._heed()
 
     def _heed(self) -> None:

@@ -24,7 +24,6 @@ from durable.store.apply import Applied, apply, apply_and_commit, apply_and_relo
 from durable.store.connection import Connection
 from durable.store.db import Store
 from durable.store.errors import InboxNews, InternalError, JournalConflict, RowBusy, StaleRevision
-from durable.store.flush import send
 from durable.store.inbox import load_inbox
 from durable.store.journal import load_journal
 from durable.store.runs import abandon, begin_and_lock
@@ -356,9 +355,9 @@ async def test_the_relock_reads_what_was_written(store: Store, connection: Conne
         applied, committed = await apply_and_relock(store, connection, done, locked.inbox)
         assert applied.entries[0].seq > 0
         assert committed.error is None
-        locked = committed.locked
-        assert locked is not None
-        assert (locked.run, locked.inbox[-1].name) == (done.after, f"s{n}")
+        assert committed.inbox is not None
+        assert committed.inbox[-1].name == f"s{n}"
+        locked = replace(locked, run=done.after, inbox=committed.inbox)
         assert await rows(rival, "select count(*) from durable.journal where run_id = %s", run.id) == [(n + 1,)]
         assert await lock(store, rival, run.id, "skip") is None
     await connection.execute("commit")
@@ -367,38 +366,20 @@ async def test_the_relock_reads_what_was_written(store: Store, connection: Conne
     assert advancing == [0]  # whoever has the lock needs no job
 
 
-async def test_a_lock_that_was_waited_for_knows_of_mail_that_came_meanwhile(
-    module_dsn: str, store: Store, connection: Connection, rival: Connection
-) -> None:
-    """Its statement began before that was committed."""
-    run = await running(store, connection)
-    await connection.execute("set lock_timeout = '30s'")
-    async with rival.transaction(), await Connection.connect(module_dsn, autocommit=True) as sender:
-        await read(store, rival, run.id)  # FOR UPDATE
-        waiting = asyncio.create_task(send(connection, store.sql.relock, {"run": run.id}))
-        await asyncio.to_thread(wait_until_blocked, module_dsn, connection.info.backend_pid)
-        await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, "late"), sender)
-    row = (await waiting).row
-    assert row is not None
-    assert row[2] is True
-    assert (await send(connection, store.sql.relock, {"run": uuid.uuid4()})).row is None
-
-
-@pytest.mark.parametrize("held", ["clock", "inbox"])
 async def test_a_relock_that_fails_after_commit_went_through(
-    store: Store, connection: Connection, rival: Connection, held: str
+    store: Store, connection: Connection, rival: Connection
 ) -> None:
     """A table stands for the row: only what comes after COMMIT asks for it, and finds it held."""
     run = await running(store, connection)
     for n in range(7):
         entry = replace(CHARGE, step_id=f"charge#{n}")
-        done = transition(run, after={"current_step": n}, entries=() if held == "clock" else (entry,))
+        done = transition(run, after={"current_step": n}, entries=(entry,))
         await connection.execute("begin")
         await connection.execute("select 1 from durable.runs where id = %s for update", [run.id])
         async with rival.transaction():
-            await rival.execute(f"lock table durable.{held}".encode())
+            await rival.execute("lock table durable.inbox")
             applied, committed = await apply_and_relock(store, connection, done)
-        assert committed.locked is None
+        assert committed.inbox is None
         assert isinstance(committed.error, RowBusy)
         assert connection.info.transaction_status is TransactionStatus.IDLE
         assert await read(store, connection, run.id) == done.after
@@ -423,7 +404,7 @@ async def test_a_relock_of_a_connection_that_dies_after_commit(
             await rival.execute("select pg_terminate_backend(%s, 10000)", [mine.info.backend_pid])
             applied, committed = await writing
         assert mine.closed
-    assert committed.locked is None
+    assert committed.inbox is None
     assert isinstance(committed.error, psycopg.OperationalError)
     assert await load_journal(store, rival, run.id) == {"charge": applied.entries[0]}
 
@@ -455,7 +436,7 @@ async def test_a_relock_that_finds_another_revision(store: Store, connection: Co
         _, committed = await apply_and_relock(store, connection, transition(run))
     finally:
         await connection.execute("drop trigger later on durable.runs")
-    assert (committed.locked, committed.error) == (None, None)
+    assert (committed.inbox, committed.error) == (None, None)
     assert connection.info.transaction_status is TransactionStatus.IDLE
 
 
@@ -622,10 +603,9 @@ async def test_another_schema_and_an_odd_search_path(dsn: str) -> None:
             children=(ChildStart(uuid.uuid4(), "w", "1", "1", "c"),),
         )
         _, committed = await apply_and_relock(store, odd, done, locked.inbox)
-        assert committed.locked is not None
-        assert committed.locked.run == done.after
+        assert committed.inbox is not None
         following = transition(done.after, next=Next.ADVANCE)
-        await apply_and_commit(store, odd, following, committed.locked.inbox, whole=committed.locked.inbox)
+        await apply_and_commit(store, odd, following, committed.inbox, whole=committed.inbox)
         assert await read(store, odd, run.id) == following.after
         assert list(await load_journal(store, odd, run.id)) == ["charge"]
         assert len(await jobs(store, odd, run.id)) == 4

@@ -17,6 +17,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from durable.core.crash import postponed
+from durable.core.frozen import value
 from durable.core.plan import plan
 from durable.core.settle import defer, settle
 from durable.core.transition import Call, Fanout, Next, Transition
@@ -33,14 +34,24 @@ if TYPE_CHECKING:
 SUSPECT_RETRY = 1.0  # seconds until a step that was running in a crash asks again whether it may run alone
 
 
-async def advance(engine: Engine, run_id: uuid.UUID, revision: int) -> None:
+@value(frozen=True, slots=True)
+class Taken:
+    """A run that was locked before its job has begun, and the slot for that."""
+
+    hold: Hold
+    slot: Slot
+
+
+async def advance(engine: Engine, run_id: uuid.UUID, revision: int, taken: Taken | None = None) -> None:
     """The continuation of a run at `revision`: does nothing when the run has moved on, or is claimed."""
-    await continue_run(engine, run_id, revision, Next.ADVANCE)
+    await continue_run(engine, run_id, revision, Next.ADVANCE, taken)
 
 
-async def continue_run(engine: Engine, run_id: uuid.UUID, revision: int, kind: Next) -> None:
+async def continue_run(
+    engine: Engine, run_id: uuid.UUID, revision: int, kind: Next, taken: Taken | None = None
+) -> None:
     """Take the run at `revision` further, forward or back."""
-    parked = await continue_burst(engine, run_id, revision, kind)
+    parked = await continue_burst(engine, run_id, revision, kind, taken)
     await after_naps(engine, parked)
 
 
@@ -52,12 +63,13 @@ async def after_naps(engine: Engine, parked: Transition | None) -> None:
         parked = await continue_burst(engine, after.id, after.revision, Next.of(after.status))
 
 
-async def continue_burst(engine: Engine, run_id: uuid.UUID, revision: int, kind: Next) -> Transition | None:
+async def continue_burst(
+    engine: Engine, run_id: uuid.UUID, revision: int, kind: Next, taken: Taken | None = None
+) -> Transition | None:
     """Lock the run and take it as far as it goes; what was written last."""
-    engine.at(Point.BEFORE_LOCK, None)
-    async with engine.slots.one() as slot:
+    async with taken.slot if taken is not None else engine.slots.one() as slot:
         try:
-            hold = await take(engine, run_id, revision=revision)
+            hold = taken.hold if taken is not None else await lock(engine, run_id, revision)
         except RowBusy:  # whoever holds the row may end without moving the run on
             await engine.enqueue_later(run_id, revision, kind)
             return None
@@ -67,6 +79,12 @@ async def continue_burst(engine: Engine, run_id: uuid.UUID, revision: int, kind:
             await hold.drop()  # not planned: what is new in the inbox stays new
             return None
         return await burst(engine, hold, slot, kind)
+
+
+async def lock(engine: Engine, run_id: uuid.UUID, revision: int | None = None) -> Hold | None:
+    """As `take`, at a point where a test may kill this process."""
+    engine.at(Point.BEFORE_LOCK, None)
+    return await take(engine, run_id, revision=revision)
 
 
 async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> Transition | None:

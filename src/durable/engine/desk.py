@@ -17,6 +17,8 @@ from typing import ClassVar
 import psycopg
 from psycopg_pool import PoolTimeout
 
+from durable.core.journal import Journal
+from durable.core.state import Run
 from durable.core.transition import Limits, Next, Transition
 from durable.define.registry import Registry
 from durable.engine.bodies import Bodies
@@ -62,6 +64,7 @@ class Desk:
         self.hooks = hooks if hooks is not None else Hooks()
         self.guard = Guard()
         self.fetch: Callable[[], None] = lambda: None  # says to who fetches jobs here that there is one
+        self.ended: Callable[[Run, Callable[[], Journal]], None] = lambda run, journal: None  # to who waits for that
         self.bodies = Bodies(0)
         self._max_crashes = max_crashes
         self._clock: tuple[datetime, float] = (datetime.now(UTC), time.monotonic())

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -25,10 +26,13 @@ from durable.engine.bodies import Kept
 from durable.engine.points import Point
 from durable.store.apply import apply_and_commit, apply_and_relock
 from durable.store.connection import Connection
+from durable.store.db import alive
 from durable.store.errors import RowBusy
+from durable.store.flush import Answer
 from durable.store.inbox import forward, load_inbox, mark_seen
 from durable.store.journal import load_journal
-from durable.store.runs import Locked, Mode, abandon, begin_and_lock, commit, let_go
+from durable.store.query import Statement
+from durable.store.runs import Locked, Mode, abandon, begin_and_lock, commit, let_go, write_and_lock
 
 if TYPE_CHECKING:
     from durable.engine.desk import Desk
@@ -51,7 +55,6 @@ class Hold:
         desk: Desk,
         connection: Connection,
         locked: Locked,
-        journal: Journal,
         body: Body | None = None,
     ) -> None:
         self._desk = desk
@@ -59,8 +62,8 @@ class Hold:
         self.lent = False
         self._over = False
         self.locked_at, self._started = locked.now, time.monotonic()
-        desk.heard(locked.now)
-        run = locked.run
+        run, journal = locked.run, locked.journal
+        assert journal is not None
         workflow = desk.registry.find(run.workflow, run.version)
         if body is None and workflow is not None and workflow.body is not None:
             body = new_body(workflow, run, desk.registry, desk.guard)
@@ -134,6 +137,8 @@ class Hold:
         desk.written(transition)
         if transition.next is not None:
             desk.fetch()
+        if transition.after.status.ended:
+            desk.ended(transition.after, partial(self._journal_after, transition, applied.entries))
         desk.at(Point.AFTER_COMMIT, self.view)
         return None
 
@@ -157,13 +162,14 @@ class Hold:
         except BaseException:
             await self._give_back()
             raise
-        if committed.locked is None:
+        if committed.inbox is None:
             await self._give_back()
             await desk.enqueue(transition)
             return None
         self._over = True  # the connection goes on in the next hold
         body = self._driven(transition, applied.entries)
-        return Hold(desk, self.connection, committed.locked, self._journal_after(transition, applied.entries), body)
+        journal = self._journal_after(transition, applied.entries)
+        return Hold(desk, self.connection, Locked(transition.after, self.now, committed.inbox, journal), body)
 
     def defer(self, view: View) -> Hold:
         """A step has ended whose entry may be written with the next transition: `view` is with it."""
@@ -279,14 +285,10 @@ async def take(
             await let_go(desk.store, connection)
             locked = None
         if locked is not None:
-            kept = desk.bodies.take(run_id, locked.run.revision)
-            if kept is not None:
-                return Hold(desk, connection, locked, kept.journal, kept.body)
-            journal = locked.journal
-            if journal is None:
-                fresh = locked.run.revision == 0
-                journal = Journal() if fresh else await load_journal(desk.store, connection, run_id)
-            return Hold(desk, connection, locked, journal)
+            if (hold := _loaded(desk, connection, locked)) is not None:
+                return hold
+            journal = await load_journal(desk.store, connection, run_id)
+            return Hold(desk, connection, replace(locked, journal=journal))
     except BaseException:
         if connection.pgconn.transaction_status != TransactionStatus.IDLE:
             await abandon(connection)
@@ -294,3 +296,34 @@ async def take(
         raise
     await desk.pool.putconn(connection)
     return None
+
+
+async def write_and_take(
+    desk: Desk, statement: Statement, values: Mapping[str, Any], run_id: uuid.UUID
+) -> tuple[Answer, Hold | None]:
+    """Execute a statement that wakes a run. Once it is committed, lock the run if nobody has, and load it: in one
+    flush. Raises only if it was not committed."""
+    connection = await alive(desk.pool)
+    hold = None
+    try:
+        with_journal = run_id not in desk.bodies
+        answer, locked = await write_and_lock(
+            desk.store, connection, statement, values, run_id, with_journal=with_journal
+        )
+        if locked is not None and (hold := _loaded(desk, connection, locked)) is None:
+            await abandon(connection)
+    finally:
+        if hold is None:
+            await desk.pool.putconn(connection)
+    return answer, hold
+
+
+def _loaded(desk: Desk, connection: Connection, locked: Locked) -> Hold | None:
+    """With the journal that is kept here, or was read with the lock. None: it is still to be read."""
+    desk.heard(locked.now)
+    kept = desk.bodies.take(locked.run.id, locked.run.revision)
+    if kept is not None:
+        return Hold(desk, connection, replace(locked, journal=kept.journal), kept.body)
+    if locked.run.revision == 0:
+        locked = replace(locked, journal=Journal())
+    return Hold(desk, connection, locked) if locked.journal is not None else None

@@ -15,10 +15,12 @@ class Slot:
 
     def __init__(self, slots: Slots) -> None:
         self._slots: Slots | None = slots
+        self._had = False
 
     async def __aenter__(self) -> Self:
-        if self._slots is not None:
+        if self._slots is not None and not self._had:
             await self._slots.acquire()
+            self._had = True
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -31,7 +33,7 @@ class Slot:
 
     def give_back(self) -> None:
         slots, self._slots = self._slots, None
-        if slots is not None:
+        if slots is not None and self._had:
             slots.free.release()
 
 
@@ -44,6 +46,10 @@ class Slots:
     def one(self) -> Slot:
         """For ``async with``."""
         return Slot(self)
+
+    async def at_once(self) -> Slot | None:
+        """One that is free now, had already. None: somebody would have to wait."""
+        return await Slot(self).__aenter__() if not self.free.locked() else None
 
     async def acquire(self) -> None:
         """Wait for a slot; while somebody does, there is pressure."""

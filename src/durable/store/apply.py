@@ -25,7 +25,7 @@ from durable.store.errors import InternalError, translated
 from durable.store.flush import Answer, Flush
 from durable.store.inbox import load_inbox
 from durable.store.jobs import queue_continuation
-from durable.store.runs import Committed, Locked, abandon, let_go, messages_of, not_locked, went_through
+from durable.store.runs import Committed, abandon, let_go, messages_of, not_locked, went_through
 from durable.values import MOVES, Status
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,8 @@ async def apply_and_relock(
     is enqueued.
 
     Raises, with no transaction left open, only if the transition was not committed. The run is not read again: at the
-    revision just written it is ``transition.after``; at another one somebody took over, and there is no lock.
+    revision just written it is ``transition.after``; at another one somebody took over, and there is no lock. Nor is
+    the time: who held the row knows how it has moved on.
     """
     run = {"run": transition.after.id_text}
     applied, commit = Applied(()), Answer()
@@ -128,13 +129,13 @@ async def apply_and_relock(
 
 async def _relocked(db: Store, connection: Connection, run: Run, row: Answer, messages: Answer | None) -> Committed:
     """`messages`: what lies in the inbox, if that was asked for; mostly nothing does."""
-    revision, now, has_mail = row.row or (None, None, False)
+    revision, has_mail = row.row or (None, False)
     if revision != run.revision:
         await let_go(db, connection)
         return Committed(None)
     if messages is not None:
-        return Committed(Locked(run, now, messages_of(db, messages.rows)))
-    return Committed(Locked(run, now, await load_inbox(db, connection, run.id) if has_mail else ()))
+        return Committed(messages_of(db, messages.rows))
+    return Committed(await load_inbox(db, connection, run.id) if has_mail else ())
 
 
 def _queue(

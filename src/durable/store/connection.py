@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
+from select import select
 from typing import Any, TypeAlias, TypeVar
 
 from psycopg import AsyncConnection, Error, adapt
@@ -55,6 +56,15 @@ class Connection(AsyncConnection[TupleRow]):
         finally:
             if self.closed:
                 self.unwatch()
+
+    def has_news(self) -> bool:
+        """Whether the server has said something that nobody asked for: mostly that it is gone."""
+        if self.closed:
+            return True
+        try:
+            return bool(select([self.fileno()], [], [], 0)[0])
+        except (OSError, ValueError):
+            return True  # more than 1,023 files are open: ask
 
     def unwatch(self) -> None:
         """Somebody else waits for the socket from here on."""

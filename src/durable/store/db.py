@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final, TypeAlias
 
+import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import AsyncConnectionPool
 
@@ -80,6 +81,23 @@ class Store:
             name=application_name,
             kwargs=connection_settings(self.dsn, application_name, options) | {"prepare_threshold": prepare_threshold},
         )
+
+
+async def alive(pool: Pool) -> Connection:
+    """A connection of the pool, to be put back there, that the server has not closed while it lay there."""
+    while True:
+        connection = await pool.getconn()
+        try:
+            if connection.has_news():
+                await pool.check_connection(connection)
+        except psycopg.Error:
+            await connection.close()
+            await pool.putconn(connection)
+        except BaseException:
+            await pool.putconn(connection)
+            raise
+        else:
+            return connection
 
 
 def connection_settings(dsn: str, application_name: str, options: list[str] | None = None) -> dict[str, Any]:

@@ -37,9 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A job that was put into the hands of the worker that was named. `given`: its arguments."""
+    """A job that was put into the hands of the worker that was named. `given`: what it is told beside the run."""
 
     id: int
+    run: uuid.UUID
     given: Mapping[str, Any]
 
 
@@ -62,6 +63,11 @@ class Query(Generic[T]):
     sql: str
     params: Mapping[str, Any]
     read: Callable[[Sequence[tuple[Any, ...]]], T]
+
+    @property
+    def statement(self) -> Statement:
+        """`sql`, for a flush."""
+        return _statement(self.sql)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,7 @@ select answer, run, job from "{db.schema}".post_message(
 
 def _sent(rows: Sequence[tuple[Any, ...]]) -> Sent:
     answer, run, job = rows[0]
-    return Sent(answer, None if job is None else Begun(job, {"run_id": str(run)}))
+    return Sent(answer, None if job is None else Begun(job, run, {}))
 
 
 def resume(db: Store, run_id: uuid.UUID, name: str, body: JsonText | None = None) -> Query[Resumed]:
@@ -261,14 +267,14 @@ async def execute_async(query: Query[T], connection: Any) -> T:
 
 def _begun(rows: Sequence[tuple[Any, ...]]) -> Started:
     id_, created, same, job = rows[0]
-    begun = None if job is None else Begun(job, {"run_id": str(id_), "revision": 0})
+    begun = None if job is None else Begun(job, id_, {"revision": 0})
     return Started(id_, created, same, begun)
 
 
 async def execute_own(query: Query[T], connection: Connection) -> T:
     """On a connection of the app's own, which nobody else uses meanwhile: in one flush."""
     with translated():
-        return query.read((await flush.send(connection, _statement(query.sql), query.params)).rows)
+        return query.read((await flush.send(connection, query.statement, query.params)).rows)
 
 
 _statement = lru_cache(Statement.of)

@@ -12,7 +12,7 @@ import binascii
 import json
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -22,7 +22,7 @@ from typing import Any, Final, TypeAlias
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
-from durable.core.state import Begun, EntryKind
+from durable.core.state import Begun, Entry, EntryKind, Run
 from durable.errors import ConfigurationError, RunNotFound
 from durable.snapshots import DERIVED, ErrorInfo, HistoryEvent, Page, RunSnapshot, StepSnapshot
 from durable.store import codec, sweep
@@ -273,11 +273,29 @@ async def outcome(db: Store, connection: Connection, run_id: uuid.UUID, *, waite
     first = dict(zip(_OUTCOME, rows[0], strict=True))
     result: JsonText | None = None
     if first["status"] == Status.COMPLETED:
-        texts = {step: text for *_, step, kind, text in rows if kind in NODES or step == "run:result"}
-        read = {name: "null" if text is None else db.payloads.decode(text) for name, text in texts.items()}
-        named = ",".join(f"{json.dumps(name, ensure_ascii=False)}:{text}" for name, text in read.items())
-        result = read.get("run:result", "{" + named + "}")
+        result = _result_of({step: db.payloads.decoded(text) for *_, step, kind, text in rows if _counts(step, kind)})
     return replace(_outcome(first, db.payloads), result=result)
+
+
+def completed(run: Run, journal: Iterable[Entry]) -> Outcome:
+    """What `outcome` reads of a run that has completed, from the entries that it has left."""
+    own = (entry for entry in journal if entry.parent is None and entry.status == "completed")
+    result = _result_of({entry.step_id: entry.result for entry in own if _counts(entry.step_id, entry.kind.value)})
+    return Outcome(run.id, run.status, run.workflow, run.version, run.queue, result)
+
+
+def _counts(step_id: str | None, kind: str | None) -> bool:
+    return kind in NODES or step_id == _RESULT
+
+
+def _result_of(texts: Mapping[str, JsonText | None]) -> JsonText:
+    """What a body or ``result=fn`` gave, else ``{node: result}``."""
+    read = {name: "null" if text is None else text for name, text in texts.items()}
+    named = ",".join(f"{json.dumps(name, ensure_ascii=False)}:{text}" for name, text in read.items())
+    return read.get(_RESULT, "{" + named + "}")
+
+
+_RESULT: Final = "run:result"
 
 
 _OUTCOME: Final = ("id", "status", "workflow", "version", "queue", "error", "reason", "step_id", "kind", "result")

@@ -7,9 +7,9 @@ tables of that statement, and a message that came while we waited would be overl
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -44,10 +44,10 @@ class Locked:
 
 @value(frozen=True, slots=True)
 class Committed:
-    """COMMIT went through. `locked` is None if the run could not be locked again: `error` says why, if there was one;
-    no transaction is open then."""
+    """COMMIT went through. `inbox`: the untaken messages of the run, which is locked again. None: it could not be;
+    `error` says why, if there was one, and no transaction is open then."""
 
-    locked: Locked | None
+    inbox: tuple[Message, ...] | None
     error: Exception | None = None
 
 
@@ -69,6 +69,36 @@ async def begin_and_lock(
     if locked is None:
         await let_go(db, connection)
     return locked
+
+
+async def write_and_lock(
+    db: Store,
+    connection: Connection,
+    statement: Statement,
+    values: Mapping[str, Any],
+    run_id: uuid.UUID,
+    *,
+    with_journal: bool,
+) -> tuple[Answer, Locked | None]:
+    """A statement in a transaction of its own, and behind its COMMIT the lock of a run, if nobody holds it: in one
+    flush. Returns the statement's answer. Raises, with no transaction left open, only if it was not committed."""
+    answer, commit = Answer(), Answer()
+    try:
+        flush = Flush(connection)
+        flush.add(db.sql.begin)
+        answer = flush.add(statement, values)
+        commit = flush.add(db.sql.commit_and_begin)
+        row, inbox = queue_lock(db, flush, run_id, "skip")
+        journal = flush.add(db.sql.journal, {"run": run_id}) if with_journal else None
+        await flush.send()
+        went_through(commit)
+        locked = read_lock(db, row, inbox, journal)
+        if locked is None:
+            await let_go(db, connection)
+    except BaseException as error:
+        await not_locked(connection, commit, error)
+        locked = None
+    return answer, locked
 
 
 async def commit(db: Store, connection: Connection) -> None:

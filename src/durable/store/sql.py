@@ -64,10 +64,11 @@ select {RUN_COLUMNS}, {_NOW}
 from (select * from {{schema}}.runs where id = %(run)s for update skip locked) run
 """)
 
-    relock = statement(f"""
+    # What comes to the inbox while this waits for the row may be missed, but not lost: its ring is behind it.
+    relock = statement("""
 -- lock a run that was just written: only another revision would have changed it; and whether its inbox is worth a look
-select revision, {_NOW}, {{schema}}.has_mail(%(run)s)
-from (select revision from {{schema}}.runs where id = %(run)s for update) run
+select revision, exists (select from {schema}.inbox where run_id = %(run)s and state <> 'taken')
+from {schema}.runs where id = %(run)s for update
 """)
 
     look = statement(f"""

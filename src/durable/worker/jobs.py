@@ -23,7 +23,7 @@ from psycopg import Error as DatabaseError
 from psycopg import errors, sql
 from psycopg_pool import AsyncConnectionPool
 
-from durable.engine.advance import advance
+from durable.engine.advance import Taken, advance
 from durable.engine.compensate import compensate
 from durable.engine.deliver import deliver
 from durable.engine.engine import Engine
@@ -35,6 +35,7 @@ from durable.store.connection import Connection
 from durable.store.db import Store, connection_settings
 from durable.store.flush import Row, send
 from durable.store.query import Statement
+from durable.waiting import Endings
 
 log = logging.getLogger(__name__)
 
@@ -141,18 +142,23 @@ class Connector(procrastinate.PsycopgConnector):
         return connection
 
 
-def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaitable[object]]) -> None:
-    """The three kinds of job. Each waits until this worker is known to be alive."""
+def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaitable[object]], endings: Endings) -> None:
+    """The three kinds of job. Each waits until this worker is known to be alive. `taken`: by whoever took it up
+    without a fetch."""
 
     def add(name: str, job: Callable[..., Awaitable[None]]) -> None:
-        async def perform(run_id: str, revision: int | None = None) -> None:
+        async def perform(run_id: str, revision: int | None = None, taken: Taken | None = None) -> None:
             await ready()
-            given = (uuid.UUID(run_id),) if revision is None else (uuid.UUID(run_id), revision)
+            run = uuid.UUID(run_id)
+            given = (run,) if revision is None else (run, revision)
+            endings.hold(run)
             with inside(run=run_id):
                 try:
-                    await job(engine, *given)
+                    await job(engine, *given, taken)
                 except engine.DATABASE_ERRORS as error:
                     log.warning("run %s: left to recovery after: %s: %s", run_id, type(error).__name__, error)
+                finally:
+                    endings.let_go(run)
             engine.at(Point.BEFORE_FINISH, None)
 
         app.task(name=name)(perform)

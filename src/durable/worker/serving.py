@@ -49,10 +49,10 @@ class Seat:
     def __exit__(self, *error: object) -> None:
         self._serving.leave(taken=self._taken)
 
-    def take(self, job: int, queue: str, task: str, given: Mapping[str, Any]) -> None:
-        """The job is in the queue, in this worker's name: begin it."""
+    def take(self, job: int, queue: str, task: str, given: Mapping[str, Any], **more: Any) -> None:
+        """The job is in the queue, in this worker's name: begin it. `more`: arguments that the queue does not know."""
         self._taken = True
-        self._serving.begin(in_hands(job, queue, task, given, self.worker))
+        self._serving.begin(in_hands(job, queue, task, given, self.worker), **more)
 
 
 class LastingWorker(QueueWorker):
@@ -167,9 +167,9 @@ class LastingWorker(QueueWorker):
         if not self.wait and not self.running and not self._seats:
             self.stop()  # nothing has ended meanwhile that could have put something there
 
-    def begin(self, job: queue_jobs.Job) -> None:
+    def begin(self, job: queue_jobs.Job, **more: Any) -> None:
         """Perform a job that is marked as this worker's."""
-        task = asyncio.create_task(self._perform(job), name=f"{job.task_name} {job.id}")
+        task = asyncio.create_task(self._perform(job, more), name=f"{job.task_name} {job.id}")
         self._running_jobs[task] = JobContext(
             app=self.app,
             worker_name=self.worker_name,
@@ -180,9 +180,9 @@ class LastingWorker(QueueWorker):
         )
         task.add_done_callback(self._ended)
 
-    async def _perform(self, job: queue_jobs.Job) -> None:
+    async def _perform(self, job: queue_jobs.Job, more: Mapping[str, Any]) -> None:
         try:
-            await self.find_task(job.task_name)(**job.task_kwargs)
+            await self.find_task(job.task_name)(**job.task_kwargs, **more)
         except asyncio.CancelledError:
             log.info("job %s was aborted", job.call_string)
         except Exception:  # of the engine's own: user code's are its outcome, the database's are left to recovery

@@ -19,6 +19,7 @@ from durable.worker.jobs import LastingJobManager, add_tasks, queue_app
 
 if TYPE_CHECKING:
     from durable.durable import AsyncDurable
+    from durable.waiting import Endings
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Session:
     engine: Engine
     liveness: Liveness
     queue: procrastinate.App
+    endings: Endings
 
 
 @asynccontextmanager
@@ -38,6 +40,7 @@ async def open_session(
 ) -> AsyncIterator[Session]:
     """A worker's parts, registered and locked. `handlers_app` is what handlers see as ``ctx.app``."""
     await app.connect()
+    endings = app._connecting.here().endings
     engine: Engine | None = None
     queue = queue_app(app.store)
     manager = queue.job_manager
@@ -63,12 +66,13 @@ async def open_session(
     engine = Engine(
         app.store, app.registry, options, worker=worker, queue=app.queue, app=handlers_app, hooks=app.hooks, at=at
     )
+    engine.ended = endings.ended
     manager.registered = lambda: registered(liveness.worker)
     try:
         await engine.open()
-        add_tasks(queue, engine, liveness.alive.wait)
+        add_tasks(queue, engine, liveness.alive.wait, endings)
         async with queue.open_async():
-            yield Session(engine, liveness, queue)
+            yield Session(engine, liveness, queue, endings)
     finally:
         await engine.close()
         await liveness.stop()

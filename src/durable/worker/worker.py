@@ -20,6 +20,7 @@ from durable.worker.garbage import rarely_collected
 from durable.worker.jobs import LastingJobManager
 from durable.worker.serving import LastingWorker
 from durable.worker.session import Session, open_session
+from durable.worker.takeup import TakeUp
 from durable.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ class Worker:
         )
         try:
             if not self._stop.is_set():
-                with self._app._worked_by(self._queue_worker):
+                take_up = TakeUp(session, self._queue_worker, self._app.queue)
+                with self._app._worked_by(take_up):
                     await self._queue_worker.serve()
         except Exception as error:  # whatever it is, the worker goes on: procrastinate's loop is started anew
             return error
