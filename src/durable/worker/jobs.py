@@ -143,12 +143,13 @@ class Connector(procrastinate.PsycopgConnector):
 
 
 def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaitable[object]], endings: Endings) -> None:
-    """The three kinds of job. Each waits until this worker is known to be alive. `taken`: by whoever took it up
-    without a fetch."""
+    """The three kinds of job. Each waits until this worker is known to be alive. `taken`: what was locked by whoever
+    took the job up without a fetch, and did not have to wait for that."""
 
     def add(name: str, job: Callable[..., Awaitable[None]]) -> None:
         async def perform(run_id: str, revision: int | None = None, taken: Taken | None = None) -> None:
-            await ready()
+            if taken is None:
+                await ready()
             run = uuid.UUID(run_id)
             given = (run,) if revision is None else (run, revision)
             endings.hold(run)

@@ -33,14 +33,16 @@ class TakeUp:
 
     def __init__(self, session: Session, serving: LastingWorker, queue: str) -> None:
         self._engine, self._endings, self._serving, self._queue = session.engine, session.endings, serving, queue
+        self._alive = session.liveness.alive
 
     async def begin(self, query: Callable[..., Query[Beginning]], task: str, run_id: uuid.UUID) -> Beginning | None:
         """Execute `query`, which inserts a job of `task` for the run, and begin with that.
 
         None, and nothing was written: it has to go through the queue. There is no free slot, or others may wait for
-        one; or the queue has forgotten this worker; or something is locked for longer than an engine waits.
+        one; or nobody knows that this worker is alive, or the queue has forgotten it; or something is locked for longer
+        than an engine waits.
         """
-        if (seat := self._serving.seat()) is None:
+        if not self._alive.is_set() or (seat := self._serving.seat()) is None:
             return None
         with seat, suppress(ForeignKeyViolation, RowBusy):
             asked = query(worker=seat.worker, queue=self._queue)
