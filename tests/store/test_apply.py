@@ -24,6 +24,7 @@ from durable.store.apply import Applied, apply, apply_and_commit, apply_and_relo
 from durable.store.connection import Connection
 from durable.store.db import Store
 from durable.store.errors import InboxNews, InternalError, JournalConflict, RowBusy, StaleRevision
+from durable.store.flush import send
 from durable.store.inbox import load_inbox
 from durable.store.journal import load_journal
 from durable.store.runs import abandon, begin_and_lock
@@ -364,6 +365,23 @@ async def test_the_relock_reads_what_was_written(store: Store, connection: Conne
     assert await read(store, connection, run.id) == locked.run
     advancing = [job[1] for job in await jobs(store, connection, run.id) if job[0] == "durable.advance"]
     assert advancing == [0]  # whoever has the lock needs no job
+
+
+async def test_a_lock_that_was_waited_for_knows_of_mail_that_came_meanwhile(
+    module_dsn: str, store: Store, connection: Connection, rival: Connection
+) -> None:
+    """Its statement began before that was committed."""
+    run = await running(store, connection)
+    await connection.execute("set lock_timeout = '30s'")
+    async with rival.transaction(), await Connection.connect(module_dsn, autocommit=True) as sender:
+        await read(store, rival, run.id)  # FOR UPDATE
+        waiting = asyncio.create_task(send(connection, store.sql.relock, {"run": run.id}))
+        await asyncio.to_thread(wait_until_blocked, module_dsn, connection.info.backend_pid)
+        await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, "late"), sender)
+    row = (await waiting).row
+    assert row is not None
+    assert row[1] is True
+    assert (await send(connection, store.sql.relock, {"run": uuid.uuid4()})).row is None
 
 
 async def test_a_relock_that_fails_after_commit_went_through(

@@ -64,11 +64,10 @@ select {RUN_COLUMNS}, {_NOW}
 from (select * from {{schema}}.runs where id = %(run)s for update skip locked) run
 """)
 
-    # What comes to the inbox while this waits for the row may be missed, but not lost: its ring is behind it.
     relock = statement("""
 -- lock a run that was just written: only another revision would have changed it; and whether its inbox is worth a look
-select revision, exists (select from {schema}.inbox where run_id = %(run)s and state <> 'taken')
-from {schema}.runs where id = %(run)s for update
+select revision, {schema}.has_mail(%(run)s)
+from (select revision from {schema}.runs where id = %(run)s for update) run
 """)
 
     look = statement(f"""
