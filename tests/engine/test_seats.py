@@ -73,7 +73,7 @@ async def check_given_back(app: AsyncDurable, worker: Worker) -> None:
     assert worker._queue_worker is not None
     assert worker._engine is not None
     assert worker._queue_worker._seats == 0
-    assert worker._engine.slots.free._value == app.options.pool_size - 2
+    assert worker._engine.slots.free == app.options.pool_size - 2
     stats = worker._engine.pool.get_stats
     await until(lambda: stats()["pool_available"] == stats()["pool_size"] > 0)
 

@@ -94,6 +94,11 @@ MUTANTS: Final = (
         (f"{LAWS}::test_a_job_for_another_revision_does_nothing",),
     ),
     Mutant(
+        "a lock passed on to nobody",
+        (Edit(HOLD, "if slot is None or heir is None or heir.gone:", "if slot is None or heir is None:"),),
+        ("tests/engine/test_heirs.py::test_who_waits_and_is_cancelled_meanwhile",),
+    ),
+    Mutant(
         "no revision check at the write",
         (Edit(SQL, "where id = %(run)s and revision = %(before)s returning", "where id = %(run)s returning"),),
         (f"{LAWS}::test_a_transition_from_another_revision_is_not_written",),

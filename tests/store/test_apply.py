@@ -112,7 +112,7 @@ async def test_the_last_step_of_a_burst(store: Store, connection: Connection) ->
     run = await running(store, connection)
     locked = await begin_and_lock(store, connection, run.id)
     assert locked is not None
-    applied = await apply_and_commit(store, connection, transition(run, entries=(CHARGE,)))
+    applied, _ = await apply_and_commit(store, connection, transition(run, entries=(CHARGE,)))
     assert connection.info.transaction_status is TransactionStatus.IDLE
     assert await load_journal(store, connection, run.id) == {"charge": applied.entries[0]}
 
@@ -124,11 +124,11 @@ async def test_an_end_stands_though_nobody_could_be_told(
     await connection.execute(b"alter table durable.waiters rename to gone")
     assert await begin_and_lock(store, connection, run.id) is not None
     ended = transition(run, after={"status": Status.COMPLETED, "finished_at": T0}, entries=(CHARGE,))
-    applied = await apply_and_commit(store, connection, ended)
+    applied, _ = await apply_and_commit(store, connection, ended)
     assert connection.info.transaction_status is TransactionStatus.IDLE
     assert (await read(store, connection, run.id)).status is Status.COMPLETED
     assert await load_journal(store, connection, run.id) == {"charge": applied.entries[0]}
-    assert "who waits for it was not told" in caplog.text
+    assert "it is written, but not what was to follow" in caplog.text
 
 
 async def test_entries_keep_everything_and_their_order(store: Store, connection: Connection) -> None:

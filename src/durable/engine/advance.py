@@ -17,7 +17,6 @@ import uuid
 from typing import TYPE_CHECKING
 
 from durable.core.crash import postponed
-from durable.core.frozen import value
 from durable.core.plan import plan
 from durable.core.settle import defer, settle
 from durable.core.transition import Call, Fanout, Next, Transition
@@ -34,22 +33,13 @@ if TYPE_CHECKING:
 SUSPECT_RETRY = 1.0  # seconds until a step that was running in a crash asks again whether it may run alone
 
 
-@value(frozen=True, slots=True)
-class Taken:
-    """A run that was locked before its job has begun, and the slot for that."""
-
-    hold: Hold
-    slot: Slot
-
-
-async def advance(engine: Engine, run_id: uuid.UUID, revision: int, taken: Taken | None = None) -> None:
-    """The continuation of a run at `revision`: does nothing when the run has moved on, or is claimed."""
+async def advance(engine: Engine, run_id: uuid.UUID, revision: int, taken: Slot | None = None) -> None:
+    """The continuation of a run at `revision`: does nothing when the run has moved on, or is claimed. `taken`: a slot
+    that was had before the job has begun, maybe with the run locked."""
     await continue_run(engine, run_id, revision, Next.ADVANCE, taken)
 
 
-async def continue_run(
-    engine: Engine, run_id: uuid.UUID, revision: int, kind: Next, taken: Taken | None = None
-) -> None:
+async def continue_run(engine: Engine, run_id: uuid.UUID, revision: int, kind: Next, taken: Slot | None = None) -> None:
     """Take the run at `revision` further, forward or back."""
     parked = await continue_burst(engine, run_id, revision, kind, taken)
     await after_naps(engine, parked)
@@ -64,12 +54,12 @@ async def after_naps(engine: Engine, parked: Transition | None) -> None:
 
 
 async def continue_burst(
-    engine: Engine, run_id: uuid.UUID, revision: int, kind: Next, taken: Taken | None = None
+    engine: Engine, run_id: uuid.UUID, revision: int, kind: Next, taken: Slot | None = None
 ) -> Transition | None:
     """Lock the run and take it as far as it goes; what was written last."""
-    async with taken.slot if taken is not None else engine.slots.one() as slot:
+    async with taken or engine.slots.one(run_id, revision) as slot:
         try:
-            hold = taken.hold if taken is not None else await lock(engine, run_id, revision)
+            hold = slot.hold or await lock(engine, run_id, revision)
         except RowBusy:  # whoever holds the row may end without moving the run on
             await engine.enqueue_later(run_id, revision, kind)
             return None
@@ -97,7 +87,7 @@ async def burst(engine: Engine, hold: Hold | None, slot: Slot, kind: Next) -> Tr
             engine.at(Point.AFTER_LOCK, hold.view)
             match plan(hold.view, hold.now, engine.limits()):
                 case Transition() as transition:
-                    hold = await write(hold, transition, budget)
+                    hold = await write(hold, transition, budget, slot)
                 case Call() | Fanout() as work:
                     with engine.suspects.admit(hold.view.run.id, work) as admitted:
                         if admitted:
@@ -134,18 +124,18 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
         # written what must not be lost; if not, the end is refused should there be something new.
         if transition.ends and hold.lent and await hold.read_inbox():
             transition = settle(hold.view, ended, engine.limits())
-        return await write(hold, transition, budget, whole=transition.ends and not hold.lent)
+        return await write(hold, transition, budget, slot, whole=transition.ends and not hold.lent)
     except engine.DATABASE_ERRORS as error:
         await hold.discard()
         return await claims.record_anew(engine, hold.view, flight, error)
 
 
-async def write(hold: Hold, transition: Transition, budget: Budget, *, whole: bool = False) -> Hold | None:
+async def write(hold: Hold, transition: Transition, budget: Budget, slot: Slot, *, whole: bool = False) -> Hold | None:
     """Commit a transition, and lock the run again if this job goes on with it. `whole`: see ``Hold.write``."""
     budget.last = transition
     if budget.allows(transition):
         return await hold.write_and_lock(transition)
-    return await hold.write(transition, whole=whole)
+    return await hold.write(transition, whole=whole, slot=slot)
 
 
 class Budget:

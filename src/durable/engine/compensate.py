@@ -10,12 +10,13 @@ import uuid
 from typing import TYPE_CHECKING
 
 from durable.core.transition import Next
-from durable.engine.advance import Taken, continue_run
+from durable.engine.advance import continue_run
+from durable.engine.slots import Slot
 
 if TYPE_CHECKING:
     from durable.engine.engine import Engine
 
 
-async def compensate(engine: Engine, run_id: uuid.UUID, revision: int, taken: Taken | None = None) -> None:
+async def compensate(engine: Engine, run_id: uuid.UUID, revision: int, taken: Slot | None = None) -> None:
     """The continuation of a rollback at `revision`: does nothing when the run has moved on, or is claimed."""
     await continue_run(engine, run_id, revision, Next.COMPENSATE, taken)

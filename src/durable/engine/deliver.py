@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from durable.core import control
 from durable.core.transition import Next, Transition
-from durable.engine.advance import Taken, after_naps, burst, lock
+from durable.engine.advance import after_naps, burst, lock
 from durable.engine.hold import Hold
 from durable.engine.slots import Slot
 from durable.store.errors import RowBusy
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from durable.engine.engine import Engine
 
 
-async def deliver(engine: Engine, run_id: uuid.UUID, taken: Taken | None = None) -> None:
+async def deliver(engine: Engine, run_id: uuid.UUID, taken: Slot | None = None) -> None:
     """Look into the inbox of a run, and take the run on if something new lies there."""
-    async with taken.slot if taken is not None else engine.slots.one() as slot:
+    async with taken or engine.slots.one(run_id) as slot:
         try:
-            hold = taken.hold if taken is not None else await lock(engine, run_id)
+            hold = slot.hold or await lock(engine, run_id)
         except RowBusy:
             return await engine.ring_later(run_id)
         if hold is None:

@@ -32,10 +32,11 @@ from durable.store.flush import Answer
 from durable.store.inbox import forward, load_inbox, mark_seen
 from durable.store.journal import load_journal
 from durable.store.query import Statement
-from durable.store.runs import Locked, Mode, abandon, begin_and_lock, commit, let_go, write_and_lock
+from durable.store.runs import Following, Locked, Mode, abandon, begin_and_lock, commit, let_go, write_and_lock
 
 if TYPE_CHECKING:
     from durable.engine.desk import Desk
+    from durable.engine.slots import Slot
 
 RESET: Final = (
     "reset session authorization; reset role; reset all; unlisten *; discard temp; select pg_advisory_unlock_all()"
@@ -111,18 +112,22 @@ class Hold:
         body.deferred.update(deferred)
         return body
 
-    async def write(self, transition: Transition, *, planned: bool = True, whole: bool = False) -> Hold | None:
+    async def write(
+        self, transition: Transition, *, planned: bool = True, whole: bool = False, slot: Slot | None = None
+    ) -> Hold | None:
         """Write and commit. Nothing is held afterwards, whatever comes of it.
 
         `planned`: what lies in the inbox was planned with, and is no reason any more to wake the run. `whole`: only if
-        nothing came to the inbox since it was read; else InboxNews is raised.
+        nothing came to the inbox since it was read; else InboxNews is raised. `slot`: the job's, which is over: if
+        somebody waits for one, the run for which that is may be locked in the same flush, and passed on with the slot.
         """
-        desk = self._desk
+        desk, passed_on = self._desk, False
+        heir = slot.heir() if slot is not None and not self.lent and not transition.replies else None
         try:
             desk.at(Point.BEFORE_COMMIT, self.view)
             transition = self._with_reports(transition)
             inbox = self.view.inbox if planned else ()
-            applied = await apply_and_commit(
+            applied, following = await apply_and_commit(
                 desk.store,
                 self.connection,
                 transition,
@@ -130,10 +135,14 @@ class Hold:
                 journal=self._journal,
                 quiet=desk.fetches,
                 whole=self.view.inbox if whole else None,
+                following=_wanted(desk, heir) if heir is not None else None,
             )
             self._keep_body(transition, applied.entries)
+            passed_on = following is not None and self._pass_on(slot, heir, following)
         finally:
-            await self._give_back()
+            if slot is not None and heir is not None and not passed_on:
+                slot.put_back(heir)
+            await self._give_back(connection=not passed_on)
         desk.written(transition)
         if transition.next is not None:
             desk.fetch()
@@ -141,6 +150,16 @@ class Hold:
             desk.ended(transition.after, partial(self._journal_after, transition, applied.entries))
         desk.at(Point.AFTER_COMMIT, self.view)
         return None
+
+    def _pass_on(self, slot: Slot | None, heir: Slot | None, locked: Locked) -> bool:
+        """The connection, on which another run is locked now, and the slot; unless nobody waits for that any more."""
+        if slot is None or heir is None or heir.gone:
+            return False
+        hold = _loaded(self._desk, self.connection, locked)
+        if hold is None:
+            return False
+        slot.pass_on(heir, hold)
+        return True
 
     async def write_and_lock(self, transition: Transition) -> Hold | None:
         """Write, commit, and lock again for the next step, in one flush. None: somebody else has the run now.
@@ -257,10 +276,12 @@ class Hold:
             self._desk.bodies.keep(run.id, Kept(run.revision, self._journal, body))
             self.view = replace(self.view, body=None)
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, *, connection: bool = True) -> None:
         self._over = True
         if self.view.body is not None:
             self.view.body.close()
+        if not connection:  # it goes on in another hold
+            return
         with suppress(psycopg.Error):
             if self.connection.pgconn.transaction_status != TransactionStatus.IDLE:
                 await abandon(self.connection)
@@ -306,16 +327,18 @@ async def write_and_take(
     connection = await alive(desk.pool)
     hold = None
     try:
-        with_journal = run_id not in desk.bodies
-        answer, locked = await write_and_lock(
-            desk.store, connection, statement, values, run_id, with_journal=with_journal
-        )
+        following = Following(run_id, with_journal=run_id not in desk.bodies)
+        answer, locked = await write_and_lock(desk.store, connection, statement, values, following)
         if locked is not None and (hold := _loaded(desk, connection, locked)) is None:
             await abandon(connection)
     finally:
         if hold is None:
             await desk.pool.putconn(connection)
     return answer, hold
+
+
+def _wanted(desk: Desk, heir: Slot) -> Following:
+    return Following(heir.run_id, with_journal=heir.revision != 0 and heir.run_id not in desk.bodies)
 
 
 def _loaded(desk: Desk, connection: Connection, locked: Locked) -> Hold | None:

@@ -1,26 +1,39 @@
 """How many handlers may hold a connection while they run: the pool less two, which are left to those that end.
 
-A handler that holds its slot while others wait for one is detached early: `wanted` says so.
+A handler that holds its slot while others wait for one is detached early: `wanted` says so. A job that is over locks
+the run of whoever waits for longest in the flush that ends its own, and passes that on with slot and connection.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Self
+import uuid
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from durable.engine.hold import Hold
 
 
 class Slot:
     """The right to hold a connection while user code runs: ``async with`` waits for it. Given back once, by whoever
-    comes first."""
+    comes first.
 
-    def __init__(self, slots: Slots) -> None:
+    - `run_id`: for which run; `revision`: where that is expected to be, if that is known.
+    - `hold`: the run, if it was locked with the slot.
+    """
+
+    def __init__(self, slots: Slots, run_id: uuid.UUID, revision: int | None) -> None:
+        self.run_id, self.revision = run_id, revision
+        self.hold: Hold | None = None
         self._slots: Slots | None = slots
+        self._turn: asyncio.Future[None] | None = None
         self._had = False
 
     async def __aenter__(self) -> Self:
-        if self._slots is not None and not self._had:
-            await self._slots.acquire()
-            self._had = True
+        if not self._had and self._slots is not None:
+            await self._slots.acquire(self)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -34,31 +47,110 @@ class Slot:
     def give_back(self) -> None:
         slots, self._slots = self._slots, None
         if slots is not None and self._had:
-            slots.free.release()
+            slots.release()
+
+    def heir(self) -> Slot | None:
+        """Who waits for longest, and does not any more: to be passed this one on to, or put back."""
+        return self._slots.next() if self._slots is not None and self._had else None
+
+    def put_back(self, heir: Slot) -> None:
+        """It waits again, before all others."""
+        if self._slots is not None:
+            self._slots.wait_first(heir)
+
+    def pass_on(self, heir: Slot, hold: Hold) -> None:
+        """Let `heir`, which still waits, have this slot, and `hold`."""
+        self._slots = None
+        heir.hold = hold
+        heir.grant()
+
+    # ---------------------------------------------------------------- waiting
+
+    def wait(self) -> asyncio.Future[None]:
+        """Done when it is granted."""
+        self._turn = asyncio.get_running_loop().create_future()
+        return self._turn
+
+    def grant(self) -> None:
+        self._had = True
+        if self._turn is not None:
+            self._turn.set_result(None)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self._turn is None or self._turn.done()
+
+    async def refuse(self) -> None:
+        """Whoever waited was cancelled: what was granted at that moment goes back."""
+        if self.hold is not None:
+            await self.hold.discard()
+        self.give_back()
 
 
 class Slots:
+    """`count` of them. `pressure` is set while somebody waits."""
+
     def __init__(self, count: int) -> None:
-        self.free = asyncio.Semaphore(count)
+        self.free = count
         self.pressure = asyncio.Event()
-        self._waiting = 0
+        self._waiting: deque[Slot] = deque()
 
-    def one(self) -> Slot:
+    def one(self, run_id: uuid.UUID, revision: int | None = None) -> Slot:
         """For ``async with``."""
-        return Slot(self)
+        return Slot(self, run_id, revision)
 
-    async def at_once(self) -> Slot | None:
-        """One that is free now, had already. None: somebody would have to wait."""
-        return await Slot(self).__aenter__() if not self.free.locked() else None
+    def at_once(self, run_id: uuid.UUID) -> Slot | None:
+        """One that is free now, had already. None: one would have to wait for it."""
+        if not self.free:
+            return None
+        self.free -= 1
+        slot = self.one(run_id)
+        slot.grant()
+        return slot
 
-    async def acquire(self) -> None:
-        """Wait for a slot; while somebody does, there is pressure."""
-        self._waiting += 1
-        if self.free.locked():
-            self.pressure.set()
+    async def acquire(self, slot: Slot) -> None:
+        """Grant it, in the order in which they came."""
+        if self.free:
+            self.free -= 1
+            return slot.grant()
+        turn = slot.wait()
+        self._waiting.append(slot)
+        self.pressure.set()
         try:
-            await self.free.acquire()
-        finally:
-            self._waiting -= 1
-            if not self._waiting:
-                self.pressure.clear()
+            await turn
+        except asyncio.CancelledError:
+            self.forget(slot)
+            await slot.refuse()
+            raise
+
+    def release(self) -> None:
+        if (heir := self.next()) is not None:
+            heir.grant()
+        else:
+            self.free += 1
+
+    def next(self) -> Slot | None:
+        """Who waits for longest, and does not any more."""
+        found = None
+        while found is None and self._waiting:
+            first = self._waiting.popleft()
+            found = None if first.gone else first
+        self._ease()
+        return found
+
+    def wait_first(self, slot: Slot) -> None:
+        """It waits again, before all others; unless it does not any more."""
+        if not slot.gone:
+            self._waiting.appendleft(slot)
+            self.pressure.set()
+
+    def forget(self, slot: Slot) -> None:
+        """It does not wait any more."""
+        with suppress(ValueError):
+            self._waiting.remove(slot)
+        self._ease()
+
+    def _ease(self) -> None:
+        if not self._waiting:
+            self.pressure.clear()

@@ -25,7 +25,18 @@ from durable.store.errors import InternalError, translated
 from durable.store.flush import Answer, Flush
 from durable.store.inbox import load_inbox
 from durable.store.jobs import queue_continuation
-from durable.store.runs import Committed, abandon, let_go, messages_of, not_locked, went_through
+from durable.store.runs import (
+    Committed,
+    Following,
+    Locked,
+    abandon,
+    let_go,
+    messages_of,
+    not_locked,
+    queue_following,
+    read_lock,
+    went_through,
+)
 from durable.values import MOVES, Status
 
 log = logging.getLogger(__name__)
@@ -70,30 +81,40 @@ async def apply_and_commit(
     journal: Container[str] | None = None,
     quiet: bool = False,
     whole: Iterable[Message] | None = None,
-) -> Applied:
+    following: Following | None = None,
+) -> tuple[Applied, Locked | None]:
     """`apply` and COMMIT in one flush: the end of a burst. Who waits for the run's end, or for a reply, is told behind
     the commit. Raises, with no transaction left open, if it was not committed. `whole`: only if nothing else lies in
-    the inbox: else InboxNews is raised."""
-    commit = Answer()
-    applied = Applied(())
+    the inbox: else InboxNews is raised. `following`: another run to be locked behind the commit, if nobody holds it;
+    then that transaction is open."""
+    commit, locking = Answer(), None
+    applied, locked = Applied(()), None
     try:
         flush = Flush(connection)
         if whole is not None:
             flush.add(db.sql.unchanged, {"run": transition.after.id, "seqs": [message.seq for message in whole]})
         applied = _queue(db, flush, transition, inbox, journal)
         _queue_next(db, flush, transition, quiet=quiet)
-        commit = flush.add(db.sql.commit)
+        ends = db.sql.commit if following is None else db.sql.commit_and_begin
+        commit = flush.add(ends)
         if transition.ends or transition.replies:
             flush.add(db.sql.tell, {"run": transition.after.id_text, "channel": db.ended_channel})
+            if following is not None:
+                flush.add(ends)
+        if following is not None:
+            locking = queue_following(db, flush, following)
         await flush.send()
         went_through(commit)
+        if locking is not None and (locked := read_lock(db, *locking)) is None:
+            await let_go(db, connection)
     except BaseException as error:
         await abandon(connection)
         if commit.tag != "COMMIT" or not isinstance(error, psycopg.Error):
             with translated():
                 raise error
-        log.warning("run %s: who waits for it was not told, and looks by himself: %s", transition.after.id, error)
-    return applied
+        log.warning("run %s: it is written, but not what was to follow in that flush: %s", transition.after.id, error)
+        locked = None
+    return applied, locked
 
 
 async def apply_and_relock(

@@ -76,9 +76,7 @@ async def write_and_lock(
     connection: Connection,
     statement: Statement,
     values: Mapping[str, Any],
-    run_id: uuid.UUID,
-    *,
-    with_journal: bool,
+    following: Following,
 ) -> tuple[Answer, Locked | None]:
     """A statement in a transaction of its own, and behind its COMMIT the lock of a run, if nobody holds it: in one
     flush. Returns the statement's answer. Raises, with no transaction left open, only if it was not committed."""
@@ -88,17 +86,30 @@ async def write_and_lock(
         flush.add(db.sql.begin)
         answer = flush.add(statement, values)
         commit = flush.add(db.sql.commit_and_begin)
-        row, inbox = queue_lock(db, flush, run_id, "skip")
-        journal = flush.add(db.sql.journal, {"run": run_id}) if with_journal else None
+        locking = queue_following(db, flush, following)
         await flush.send()
         went_through(commit)
-        locked = read_lock(db, row, inbox, journal)
+        locked = read_lock(db, *locking)
         if locked is None:
             await let_go(db, connection)
     except BaseException as error:
         await not_locked(connection, commit, error)
         locked = None
     return answer, locked
+
+
+@value(frozen=True, slots=True)
+class Following:
+    """A run that is to be locked behind somebody else's COMMIT. `with_journal`: and its journal read."""
+
+    run_id: uuid.UUID
+    with_journal: bool
+
+
+def queue_following(db: Store, flush: Flush, run: Following) -> tuple[Answer, Answer, Answer | None]:
+    """The lock, if nobody holds it; the inbox; and the journal, if it is wanted: for `read_lock`."""
+    row, inbox = queue_lock(db, flush, run.run_id, "skip")
+    return row, inbox, flush.add(db.sql.journal, {"run": run.run_id}) if run.with_journal else None
 
 
 async def commit(db: Store, connection: Connection) -> None:

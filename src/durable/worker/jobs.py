@@ -23,11 +23,12 @@ from psycopg import Error as DatabaseError
 from psycopg import errors, sql
 from psycopg_pool import AsyncConnectionPool
 
-from durable.engine.advance import Taken, advance
+from durable.engine.advance import advance
 from durable.engine.compensate import compensate
 from durable.engine.deliver import deliver
 from durable.engine.engine import Engine
 from durable.engine.points import Point
+from durable.engine.slots import Slot
 from durable.logs import inside
 from durable.queue import ADVANCE, COMPENSATE, RING
 from durable.queue_schema import NOT_FOR_FETCH
@@ -143,11 +144,11 @@ class Connector(procrastinate.PsycopgConnector):
 
 
 def add_tasks(app: procrastinate.App, engine: Engine, ready: Callable[[], Awaitable[object]], endings: Endings) -> None:
-    """The three kinds of job. Each waits until this worker is known to be alive. `taken`: what was locked by whoever
+    """The three kinds of job. Each waits until this worker is known to be alive. `taken`: the slot of whoever
     took the job up without a fetch, and did not have to wait for that."""
 
     def add(name: str, job: Callable[..., Awaitable[None]]) -> None:
-        async def perform(run_id: str, revision: int | None = None, taken: Taken | None = None) -> None:
+        async def perform(run_id: str, revision: int | None = None, taken: Slot | None = None) -> None:
             if taken is None:
                 await ready()
             run = uuid.UUID(run_id)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from psycopg.errors import ForeignKeyViolation
 
-from durable.engine.advance import Taken
 from durable.engine.hold import Hold, write_and_take
 from durable.engine.points import Point
 from durable.engine.slots import Slot
@@ -46,31 +45,30 @@ class TakeUp:
             return None
         with seat, suppress(ForeignKeyViolation, RowBusy):
             asked = query(worker=seat.worker, queue=self._queue)
-            if (slot := await self._engine.slots.at_once()) is not None:
-                answer, taken = await self._write_and_take(asked, run_id, slot)
+            if (slot := self._engine.slots.at_once(run_id)) is not None:
+                answer = await self._write_and_take(asked, slot)
                 if (begun := answer.begun) is not None:
                     self._endings.hold(begun.run)
                     given = {"run_id": str(begun.run), **begun.given}
-                    seat.take(begun.id, self._queue, task, given, taken=taken)
+                    seat.take(begun.id, self._queue, task, given, taken=slot if slot.hold is not None else None)
                 return answer
         return None
 
-    async def _write_and_take(
-        self, query: Query[Beginning], run_id: uuid.UUID, slot: Slot
-    ) -> tuple[Beginning, Taken | None]:
-        """The answer; and the run, with the slot, if there is a job for it and nobody else holds it."""
-        engine, taken = self._engine, None
+    async def _write_and_take(self, query: Query[Beginning], slot: Slot) -> Beginning:
+        """The answer. If there is a job for the run and nobody else holds it, the slot has it now; else that is given
+        back."""
+        engine = self._engine
         engine.at(Point.BEFORE_LOCK, None)
         try:
-            rows, hold = await write_and_take(engine, query.statement, query.params, run_id)
+            rows, hold = await write_and_take(engine, query.statement, query.params, slot.run_id)
             answer = query.read(rows.rows)
-            if hold is not None and answer.begun is not None and answer.begun.run == run_id:
-                taken = Taken(hold, slot)
+            if hold is not None and answer.begun is not None and answer.begun.run == slot.run_id:
+                slot.hold = hold
             elif hold is not None:
                 await _drop(engine, hold)
-            return answer, taken
+            return answer
         finally:
-            if taken is None:
+            if slot.hold is None:
                 slot.give_back()
 
 
