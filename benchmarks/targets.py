@@ -44,14 +44,23 @@ def alone(case: str) -> Found:
     return lambda results: results.value(case, "durable")
 
 
+def p99_beside(case: str, other: str) -> Found:
+    """The 99th percentile of all rounds together, as a multiple of another system's."""
+    return lambda results: ratio(_p99(results, case, "durable"), _p99(results, case, other))
+
+
 def _two_processes(results: Results) -> float | None:
     two = growth.LINES["growth_processes"].variant(2)
     return ratio(results.value("ten_step", "durable", two), results.value("ten_step", "floor", two))
 
 
+def _p99(results: Results, case: str, system: str) -> float | None:
+    values = results.samples(case, system)
+    return p99(values) if values else None
+
+
 def _timer_p99(results: Results) -> float | None:
-    late = results.samples("timer", "durable")
-    return p99(late) if late else None
+    return _p99(results, "timer", "durable")
 
 
 def _worst_takeover(results: Results) -> float | None:
@@ -82,6 +91,8 @@ TARGETS: Final = (
     Target(CASES, "start_many / start", 8, True, beside("start_many", "durable", to="start")),
     Target(CASES, "latency_1 / dbos", 1, False, beside("latency_1", "dbos"), strict=True),
     Target(CASES, "latency_10 / dbos", 0.5, False, beside("latency_10", "dbos"), strict=True),
+    Target(CASES, "latency_1 / dbos, p99", 1, False, p99_beside("latency_1", "dbos"), strict=True),
+    Target(CASES, "latency_10 / dbos, p99", 0.5, False, p99_beside("latency_10", "dbos"), strict=True),
     Target(CASES, "signal, p50 in ms", 5, False, alone("signal"), strict=True),
     Target(CASES, "timer, p99 of all in ms", 100, False, _timer_p99, strict=True),
     Target(CASES, "ten_step / durable_function", 1.3, False, beside("ten_step", "durable_function")),

@@ -69,6 +69,17 @@ def test_each_round_goes_case_after_case_through_all_systems() -> None:
     ]
 
 
+def test_latencies_are_compared_by_the_p99_of_all_rounds_too() -> None:
+    results = Results()
+    results.values[Point("latency_10", "durable")] = [[1.0] * 50, [1.0] * 50 + [4.0]]
+    compared = target("latency_10 / dbos, p99")
+    assert compared.found(results) is None
+    results.values[Point("latency_10", "dbos")] = [[10.0]]
+    assert compared.found(results) == 0.1
+    results.values[Point("latency_10", "durable")] = [list(range(51)), list(range(51, 101))]
+    assert compared.found(results) == 9.9
+
+
 # ---------------------------------------------------------------- what is missing
 
 
