@@ -23,9 +23,9 @@ class Case:
     """One thing that is measured of each system that has it.
 
     - `higher`: whether more is better.
-    - `full`, `quick`: runs, steps and samples of a measurement of that size.
+    - `full`, `quick`: the load of a measurement of that size, as far as it is not the usual one.
     - `timeout`: seconds after which a measurement is given up.
-    - `empty`: what it means that a measurement gave no value at all.
+    - `empty`: what it means that a measurement gave no value at all; may name fields of the load.
     """
 
     name: str
@@ -41,6 +41,10 @@ class Case:
     def load(self, dsn: str, size: Size) -> Load:
         given = {"runs": 1, "steps": 1, **(self.full if size == "full" else self.quick)}
         return Load(dsn, **given)
+
+    def nothing(self, size: Size) -> str:
+        """What it means that a measurement of that size gave no value at all."""
+        return self.empty.format(**vars(self.load("", size)))
 
 
 CASES: Final = {
@@ -125,9 +129,9 @@ CASES: Final = {
             "from kill -9 to the step in another process, p50",
             higher=False,
             full={"samples": 17},
-            quick={"samples": 2},
+            quick={"samples": 2, "patience": 15},
             timeout=900,
-            empty="not within 60 s",
+            empty="not within {patience:.0f} s",
         ),
         Case(
             "idle",

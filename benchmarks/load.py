@@ -17,6 +17,7 @@ class Load:
     - `runs`: how many, of `steps` steps each, for what is counted by the second; `in_flight`: how many of them at a
       time in each of `processes` worker processes.
     - `samples`: how many single values, where the time that one thing takes is measured.
+    - `patience`: seconds after which a takeover is no longer waited for.
     """
 
     dsn: str
@@ -25,3 +26,4 @@ class Load:
     in_flight: int = 32
     processes: int = 1
     samples: int = 100
+    patience: float = 60.0

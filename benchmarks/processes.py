@@ -110,11 +110,6 @@ async def stdin_ended() -> None:
         pass
 
 
-async def told() -> None:
-    """In a worker: wait for a line from whoever started it."""
-    await asyncio.to_thread(sys.stdin.readline)
-
-
 def say(line: str) -> None:
     """In a worker: tell whoever started it."""
     print(line, flush=True)

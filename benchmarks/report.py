@@ -106,7 +106,7 @@ def _cell(results: Results, case: str, system: str) -> str:
 
 def _nothing(results: Results, point: Point) -> str:
     if results.gave_nothing(point):
-        return CASES[point.case].empty
+        return CASES[point.case].nothing(results.size)
     failed = any(failure.system == point.system and failure.point in (None, point) for failure in results.failures)
     return "failed" if failed else "-"
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.cases import CASES, PATIENT
+from benchmarks.cases import CASES, LATENCIES, PATIENT, STEPS, Size
 from benchmarks.figures import amount
 from benchmarks.results import Failure, Kept, Point, Results
 from benchmarks.server import Server
@@ -42,18 +42,12 @@ class Suite:
         self._lock = threading.Lock()
 
     def measure(self, points: Sequence[Point], rounds: int) -> None:
-        """All points in turn, and that once more in each further round. First each system is asked what it has. Those
-        that wait more than they work are measured side by side, behind the others, or quickly beside them."""
+        """All points, and that once more in each further round. First each system is asked what it has."""
         for system in dict.fromkeys(point.system for point in points):
             self._ask(system, [point for point in points if point.system == system])
-        working = [point for point in points if point.case not in PATIENT]
-        patient = [point for point in points if point.case in PATIENT]
         for number in range(1, rounds + 1):
-            if self._size == "quick":
-                self._side_by_side([working, *([point] for point in patient)], number)
-            else:
-                self._side_by_side([working], number)
-                self._side_by_side([[point] for point in patient], number)
+            for rows in side_by_side(points, self._size):
+                self._side_by_side(rows, number)
 
     def _side_by_side(self, rows: Sequence[Sequence[Point]], number: int) -> None:
         """Each row by itself, its points in turn."""
@@ -114,7 +108,9 @@ class Suite:
             return f"failed: {answer['failed']}"
         results.values.setdefault(point, []).append(answer["values"])
         case = CASES[point.case]
-        return f"{amount(case.summary(answer['values']))} {case.unit}" if answer["values"] else case.empty
+        if not answer["values"]:
+            return case.nothing(results.size)
+        return f"{amount(case.summary(answer['values']))} {case.unit}"
 
     @contextmanager
     def _database(self, kept: Kept) -> Iterator[str]:
@@ -140,6 +136,21 @@ class Suite:
         """What a program says that is given a database. Raises MeasurementFailed."""
         given = [*arguments, "--dsn", self._server.dsn(database), "--size", self._size]
         return _answer_of(module, given, limit)
+
+
+def side_by_side(points: Sequence[Point], size: Size) -> Iterator[Sequence[Sequence[Point]]]:
+    """One after the other, what is measured at the same time: rows of points, the points of a row in turn.
+
+    Those that wait more than they work are side by side, behind all others. In a quick measurement only what counts
+    steps by the second has the machine for itself.
+    """
+    if size == "full":
+        yield [[point for point in points if point.case not in PATIENT]]
+    else:
+        yield [[point for point in points if point.case in STEPS]]
+        rest = [point for point in points if point.case not in (*STEPS, *LATENCIES, *PATIENT)]
+        yield [[point for point in points if point.case in LATENCIES], rest]
+    yield [[point] for point in points if point.case in PATIENT]
 
 
 def _answer_of(module: str, arguments: Sequence[str], limit: float) -> dict[str, Any]:

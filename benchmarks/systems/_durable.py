@@ -17,9 +17,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
+import psycopg
+
+from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
 from benchmarks.load import TEXT, Load
-from benchmarks.processes import Crew, crew, say, stdin_ended, told
+from benchmarks.processes import Crew, crew, say, stdin_ended
 from durable import AsyncDurable, AsyncRun, Start
 from durable.define.registry import AnyWorkflow
 from durable.worker import Worker
@@ -27,8 +30,6 @@ from durable.working import in_background, until_started
 
 IN_FLIGHT: Final = Load("", 1, 1).in_flight
 """With as many, everything has its default."""
-WARM: Final = 50
-"""Runs before what is measured."""
 A_CALL: Final = 1_000
 """Runs that are started in one call."""
 POLL: Final = 0.05
@@ -47,7 +48,10 @@ _AT_WORK: Final = """
         where status in ('pending', 'running', 'compensating') and waiting_for is null and id between %s and %s
     )
 """
-_COMPLETED: Final = "select count(*) from durable.runs where status = 'completed' and id between %s and %s"
+_ENDED: Final = """
+    select count(*), extract(epoch from max(finished_at)) from durable.runs
+    where status = 'completed' and created_at >= '{since}'
+"""
 _WAITS: Final = "select waiting_for is not null from durable.runs where id = %s"
 
 
@@ -118,60 +122,33 @@ class Kind:
     # -- steps a second
 
     async def throughput(self, load: Load) -> list[float]:
-        """Steps a second of a backlog, from the moment at which a worker is ready for it."""
-        workers = self._inside if load.processes == 1 else self._outside
-        async with self.app(load.dsn, load.steps) as app, workers(app, load) as begin:
-            runs = await self.start_all(app, load)
-            async with begin():
-                began = time.perf_counter()
-                await until_done(app, runs)
-                seconds = time.perf_counter() - began
-            await _check_completed(app, runs)
-        return [load.runs * load.steps / seconds]
+        """Steps a second of a backlog."""
+        async with self.app(load.dsn, load.steps) as app:
+            await app.connect()
+            since: datetime = await _value(app, "select clock_timestamp()")
 
-    @asynccontextmanager
-    async def _inside(
-        self, app: AsyncDurable, load: Load
-    ) -> AsyncIterator[Callable[[], AbstractAsyncContextManager[object]]]:
-        """A worker in this process, once it is warm."""
-        await self._warm(app, load)
-        yield lambda: worker(app, load.in_flight)
+            async def fill(runs: int) -> None:
+                async with await psycopg.AsyncConnection.connect(load.dsn) as connection:
+                    await self._start_many(app, load.steps, runs, connection)
 
-    @asynccontextmanager
-    async def _outside(
-        self, app: AsyncDurable, load: Load
-    ) -> AsyncIterator[Callable[[], AbstractAsyncContextManager[object]]]:
-        """Workers in processes of their own, once each is warm."""
-        await app.migrate()
-        arguments = ("--dsn", load.dsn, "--steps", str(load.steps), "--in-flight", str(load.in_flight), "--gated")
-        async with self.crew(*arguments) as workers:
-            started = [await workers.start() for _ in range(load.processes)]
-            for _ in started:
-                await workers.next("warm")
-
-            @asynccontextmanager
-            async def begin() -> AsyncIterator[None]:
-                for process in started:
-                    process.tell("begin")
-                await workers.next("ready")
-                yield
-
-            yield begin
+            arguments = ["worker", "--steps", str(load.steps)]
+            return await worked_off(load, self.module, arguments, fill, _ENDED.format(since=since.isoformat()))
 
     def crew(self, *arguments: str) -> AbstractAsyncContextManager[Crew]:
         return crew(self.module, "worker", *arguments)
 
     async def start_all(self, app: AsyncDurable, load: Load) -> list[AsyncRun[Any]]:
         """As many runs as the load says, in calls of 1,000; returns them in order."""
-        workflow, runs = self.steps(load.steps), list[AsyncRun[Any]]()
-        while (left := load.runs - len(runs)) > 0:
-            runs += await app.start_many(workflow, [Start({"steps": load.steps})] * min(A_CALL, left))
-        return runs
+        return await self._start_many(app, load.steps, load.runs)
 
-    async def _warm(self, app: AsyncDurable, load: Load) -> None:
-        async with worker(app, load.in_flight):
-            for run in await app.start_many(self.steps(load.steps), [Start({"steps": load.steps})] * WARM):
-                await run.result()
+    async def _start_many(
+        self, app: AsyncDurable, steps: int, count: int, connection: psycopg.AsyncConnection[Any] | None = None
+    ) -> list[AsyncRun[Any]]:
+        workflow, runs = self.steps(steps), list[AsyncRun[Any]]()
+        while (left := count - len(runs)) > 0:
+            given = [Start({"steps": steps})] * min(A_CALL, left)
+            runs += await app.start_many(workflow, given, connection=connection)
+        return runs
 
     # -- starting
 
@@ -276,20 +253,14 @@ class Kind:
         parser.add_argument("--dsn", required=True)
         parser.add_argument("--steps", type=int, default=1)
         parser.add_argument("--in-flight", type=int, default=IN_FLIGHT)
-        parser.add_argument("--gated", action="store_true", help="get warm, say so, and begin when told to")
         given = parser.parse_args()
         load = Load(given.dsn, 1, given.steps, given.in_flight)
-        asyncio.run(self._work(load, gated=given.gated))
+        asyncio.run(self._work(load))
 
-    async def _work(self, load: Load, *, gated: bool) -> None:
-        async with self.app(load.dsn, load.steps) as app:
-            if gated:
-                await self._warm(app, load)
-                say("warm")
-                await told()
-            async with worker(app, load.in_flight):
-                say("ready")
-                await stdin_ended()
+    async def _work(self, load: Load) -> None:
+        async with self.app(load.dsn, load.steps) as app, worker(app, load.in_flight):
+            say("ready")
+            await stdin_ended()
 
 
 @asynccontextmanager
@@ -337,12 +308,6 @@ async def until_done(app: AsyncDurable, runs: list[AsyncRun[Any]]) -> None:
     """Until none of these runs can go on."""
     while await _value(app, _AT_WORK, *_span(runs)):  # noqa: ASYNC110 (only the database shows it)
         await asyncio.sleep(POLL)
-
-
-async def _check_completed(app: AsyncDurable, runs: list[AsyncRun[Any]]) -> None:
-    completed = await _value(app, _COMPLETED, *_span(runs))
-    if completed != len(runs):
-        raise RuntimeError(f"{completed} of {len(runs)} runs have completed")
 
 
 def _span(runs: list[AsyncRun[Any]]) -> tuple[uuid.UUID, uuid.UUID]:

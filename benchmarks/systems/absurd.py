@@ -15,10 +15,11 @@ import absurdctl
 import psycopg
 from absurd_sdk import AsyncAbsurd, AsyncTaskContext
 
+from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
 from benchmarks.load import TEXT, Load
 from benchmarks.processes import crew, say, stdin_ended
-from benchmarks.systems._peers import WARM, first_to_begin, taken_over, worked_off
+from benchmarks.systems._peers import first_to_begin, taken_over
 
 MODULE: Final = __spec__.name
 POLLING: Final = 0.005

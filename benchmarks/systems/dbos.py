@@ -18,10 +18,11 @@ from typing import Any, Final
 import sqlalchemy
 from dbos import DBOS, DBOSClient, DBOSConfig, EnqueueOptions
 
+from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
 from benchmarks.load import TEXT, Load
 from benchmarks.processes import crew, say
-from benchmarks.systems._peers import WARM, first_to_begin, taken_over, worked_off
+from benchmarks.systems._peers import first_to_begin, taken_over
 
 SETTINGS: Final = (
     "sync workflows and steps (async ones were slower), `pool_pre_ping` off in `db_engine_kwargs`, other defaults; "
@@ -165,7 +166,7 @@ async def in_process(load: Load) -> list[float]:
 def _work_inside(given: argparse.Namespace) -> None:
     """A worker process: once it is warm, and told to, it does all its runs, and says so."""
     with launched(given.dsn):
-        _run(WARM, given.steps, given.in_flight)
+        _run(min(WARM, given.runs), given.steps, given.in_flight)
         say("ready")
         sys.stdin.readline()
         _run(given.runs, given.steps, given.in_flight)

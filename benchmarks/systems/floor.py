@@ -44,7 +44,7 @@ async def transactions(load: Load) -> list[float]:
     """Transactions a second."""
     _create(load.dsn)
     clients = load.in_flight * load.processes
-    seconds = 6 if load.runs * load.steps >= _MANY else 2
+    seconds = 6 if load.runs * load.steps >= _MANY else 1
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "step.sql")
         script.write_text(_SCRIPT, encoding="utf-8")  # noqa: ASYNC240 (a small file)
