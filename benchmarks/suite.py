@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,8 @@ from benchmarks.server import Server
 ROOT: Final = Path(__file__).parents[1]
 ASKING: Final = 60.0
 """Seconds that a system may take to be imported."""
+STARTED: Final = 12.0
+"""Seconds until all workers have started that are then to be idle, or to be killed."""
 PREPARING: Final = 3_600.0
 """Seconds that filling a database may take."""
 BESIDE: Final = 3_600.0
@@ -43,38 +46,35 @@ class Suite:
 
     def measure(self, points: Sequence[Point], rounds: int) -> None:
         """All points, and that once more in each further round. First each system is asked what it has."""
-        for system in dict.fromkeys(point.system for point in points):
-            self._ask(system, [point for point in points if point.system == system])
+        systems = dict.fromkeys(point.system for point in points if not self._results.unusable(point.system))
+        with ThreadPoolExecutor() as beside:
+            for system, answer in zip(systems, beside.map(_asked, systems), strict=True):
+                self._note_system(system, answer, points)
         for number in range(1, rounds + 1):
             for rows in side_by_side(points, self._size):
                 self._side_by_side(rows, number)
 
-    def _side_by_side(self, rows: Sequence[Sequence[Point]], number: int) -> None:
-        """Each row by itself, its points in turn."""
-
-        def measure(row: Sequence[Point]) -> None:
-            for point in row:
-                self._one(point, number)
-
-        with ThreadPoolExecutor(max(1, len(rows))) as beside:
-            for done in [beside.submit(measure, row) for row in rows]:
-                done.result()
-
-    def _ask(self, system: str, points: Sequence[Point]) -> None:
+    def _note_system(self, system: str, answer: dict[str, Any], points: Sequence[Point]) -> None:
         results = self._results
-        if results.unusable(system):
-            return
-        try:
-            answer = _answer_of("benchmarks.ask", [system], ASKING)
-        except MeasurementFailed as error:
-            answer = {"unusable": str(error)}
         if "unusable" in answer:
             results.failures.append(Failure(system, answer["unusable"]))
             self._tell(f"{system} can't be measured: {answer['unusable']}")
             return
         results.settings[system] = answer["settings"]
         results.versions |= answer["versions"]
-        results.without.update(point for point in points if point.case not in answer["cases"])
+        results.without.update(p for p in points if p.system == system and p.case not in answer["cases"])
+
+    def _side_by_side(self, rows: Sequence[Row], number: int) -> None:
+        """Each row by itself, its points in turn."""
+
+        def measure(row: Row) -> None:
+            time.sleep(row.after)
+            for point in row.points:
+                self._one(point, number)
+
+        with ThreadPoolExecutor(max(1, len(rows))) as beside:
+            for done in [beside.submit(measure, row) for row in rows]:
+                done.result()
 
     def measure_beside(self, name: str) -> None:
         """What ``python -m benchmarks.NAME`` measures."""
@@ -138,19 +138,36 @@ class Suite:
         return _answer_of(module, given, limit)
 
 
-def side_by_side(points: Sequence[Point], size: Size) -> Iterator[Sequence[Sequence[Point]]]:
-    """One after the other, what is measured at the same time: rows of points, the points of a row in turn.
+@dataclass(frozen=True)
+class Row:
+    """What is measured in turn, beside other rows. `after`: so many seconds behind them."""
+
+    points: Sequence[Point]
+    after: float = 0.0
+
+
+def side_by_side(points: Sequence[Point], size: Size) -> Iterator[Sequence[Row]]:
+    """One after the other, what is measured at the same time.
 
     Those that wait more than they work are side by side, behind all others. In a quick measurement only what counts
-    steps by the second has the machine for itself.
+    steps by the second has the machine for itself: the rest is measured while those wait.
     """
+    patient = [Row([point]) for point in points if point.case in PATIENT]
     if size == "full":
-        yield [[point for point in points if point.case not in PATIENT]]
+        yield [Row([point for point in points if point.case not in PATIENT])]
+        yield patient
     else:
-        yield [[point for point in points if point.case in STEPS]]
         rest = [point for point in points if point.case not in (*STEPS, *LATENCIES, *PATIENT)]
-        yield [[point for point in points if point.case in LATENCIES], rest]
-    yield [[point] for point in points if point.case in PATIENT]
+        yield [Row([point for point in points if point.case in STEPS])]
+        yield [*patient, Row([point for point in points if point.case in LATENCIES], STARTED), Row(rest, STARTED)]
+
+
+def _asked(system: str) -> dict[str, Any]:
+    """What a system says of itself, or why it can't be measured."""
+    try:
+        return _answer_of("benchmarks.ask", [system], ASKING)
+    except MeasurementFailed as error:
+        return {"unusable": str(error)}
 
 
 def _answer_of(module: str, arguments: Sequence[str], limit: float) -> dict[str, Any]:

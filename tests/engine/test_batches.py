@@ -20,9 +20,10 @@ from tests.engine.kit import PATIENCE, Facts, an_app, soon, until, working
 
 from durable import AsyncDurable, ConfigurationError, Start, define
 from durable.store import sweep
+from durable.store.connection import Connection
 from durable.store.db import Store
 from durable.worker import Worker, serving
-from durable.worker.jobs import EXCHANGE, LastingJobManager, queue_app
+from durable.worker.jobs import EXCHANGE, Connector, LastingJobManager, queue_app
 from durable.worker.serving import LastingWorker
 
 QUEUE = "durable"
@@ -30,10 +31,13 @@ INSERT = """
 insert into durable.procrastinate_jobs (queue_name, task_name, priority, lock, scheduled_at)
 values (%s, %s, %s, %s, now() + %s::float8 * interval '1 s') returning id
 """
-FILL = """
-alter table durable.procrastinate_jobs disable trigger user;
+JOBS = """
 insert into durable.procrastinate_jobs (queue_name, task_name, priority, scheduled_at)
-select 'durable', 'work', 0, {scheduled_at} from generate_series(1, {count});
+select 'durable', 'work', 0, {scheduled_at} from generate_series(1, {count})
+"""
+FILL = f"""
+alter table durable.procrastinate_jobs disable trigger user;
+{JOBS};
 alter table durable.procrastinate_jobs enable trigger user
 """
 
@@ -214,6 +218,40 @@ async def test_a_fetch_costs_the_same_however_many_jobs_wait(queue: Queue, stati
         assert await rows_looked_at(queue, 20) < 500
 
 
+async def test_a_plan_made_while_the_queue_was_empty_holds_for_many_jobs(queue: Queue) -> None:
+    """As a worker has it that is idle when they come: after a vacuum the planner takes an empty table at its word."""
+    queue.facts.connection.execute(JOBS.format(count=1_000, scheduled_at="null").encode())
+    queue.facts.execute("delete from durable.procrastinate_jobs")
+    queue.facts.execute("vacuum analyze durable.procrastinate_jobs")
+    connector = queue.manager.connector
+    assert isinstance(connector, Connector)
+    connection = await connector.connect()
+    await connection.execute(b"prepare exchange as " + EXCHANGE.numbered)
+    doing = "array[]::bigint[]", "array[]::bigint[]"
+    assert await looked_at(connection, doing, queue.manager.worker) == 0
+    queue.facts.connection.execute(JOBS.format(count=2_000, scheduled_at="null").encode())
+    performed = await queue.fetch(20)
+    doing = f"array{ids(performed)}", f"array{[queue.manager.worker] * 20}"
+    assert await looked_at(connection, doing, queue.manager.worker) < 500
+    await connection.close()
+
+
+async def looked_at(connection: Connection, doing: tuple[str, str], worker: int | None) -> float:
+    """How many jobs the prepared statement reads that finishes these and fetches 20 others."""
+    given = {
+        "performed": doing[0],
+        "performers": doing[1],
+        "queues": f"array['{QUEUE}']",
+        "wanted": "20",
+        "worker": str(worker),
+    }
+    execute = f"execute exchange({', '.join(given[name] for name in EXCHANGE.names)})"
+    cursor = await connection.execute(f"explain (analyze, format json) {execute}".encode())
+    row = await cursor.fetchone()
+    assert row is not None
+    return rows_read(row[0][0]["Plan"])
+
+
 async def test_what_is_scheduled_for_later_costs_only_what_comes_behind_it(queue: Queue) -> None:
     queue.facts.connection.execute(FILL.format(count=100_000, scheduled_at="now() + interval '1 h'").encode())
     for _ in range(40):
@@ -231,14 +269,19 @@ async def rows_looked_at(queue: Queue, wanted: int) -> float:
         "explain (analyze, format json) " + EXCHANGE.decode(), **values
     )
     (plan,) = row.values()
-    todo = [(plan if isinstance(plan, list) else json.loads(plan))[0]["Plan"]]
-    read = 0.0
+    return rows_read((plan if isinstance(plan, list) else json.loads(plan))[0]["Plan"])
+
+
+def rows_read(plan: dict[str, Any]) -> float:
+    """How many jobs were read for that, whether they were wanted or not."""
+    todo, read = [plan], 0.0
     while todo:
         node = todo.pop()
         todo += node.get("Plans", [])
         assert "Seq Scan" not in node["Node Type"]
         if node.get("Relation Name") == "procrastinate_jobs" and "Scan" in node["Node Type"]:
-            read += (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+            removed = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Join Filter", 0)
+            read += (node["Actual Rows"] + removed) * node["Actual Loops"]
     return read
 
 

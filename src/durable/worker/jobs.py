@@ -49,29 +49,35 @@ FINISH_TRIES: Final = 4
 
 # What procrastinate's own functions for a fetch and a finish do, for many jobs, in one round trip. `done` and the fetch
 # see the queue as it was before: a job whose lock one of `performed` had is seen by the next fetch.
+#
+# Planned once for a connection's life, maybe while the queue is empty. Joins would then be made as for no rows at all,
+# and read thousands of jobs for each that they want once thousands wait. So there are none: ids come in arrays, and who
+# has the same lock is asked for one job at a time, and only where there is one.
 EXCHANGE: Final = Statement.of("""
 -- finish jobs that were performed, and fetch others
 with done as (
-  delete from procrastinate_jobs where id in (
+  delete from procrastinate_jobs where id = any (array(
     select job.id from procrastinate_jobs job
-    join unnest(%(performed)s::bigint[], %(performers)s::bigint[]) as performed (id, worker) on performed.id = job.id
-    where job.status = 'doing' and (job.worker_id = performed.worker or job.worker_id is null)
-    for update of job skip locked)
+    where job.id = any (%(performed)s::bigint[]) and job.status = 'doing'
+      and (job.worker_id is null
+           or job.worker_id = (%(performers)s::bigint[])[array_position(%(performed)s::bigint[], job.id)])
+    for update of job skip locked))
 ), next as (
   select job.id from procrastinate_jobs job
   where job.status = 'todo'
     and (%(queues)s::varchar[] is null or job.queue_name = any (%(queues)s::varchar[]))
     and (job.scheduled_at is null or job.scheduled_at <= now())
-    and not exists (
+    and (job.lock is null or not exists (
       select from procrastinate_jobs other
-      where job.lock is not null and other.lock = job.lock
+      where other.lock = job.lock
         and (other.status = 'doing' or other.status = 'todo'
-             and (other.priority > job.priority or other.priority = job.priority and other.id < job.id)))
+             and (other.priority > job.priority or other.priority = job.priority and other.id < job.id))))
   order by job.priority desc, job.id
   limit %(wanted)s::int
   for update of job skip locked
 )
-update procrastinate_jobs job set status = 'doing', worker_id = %(worker)s from next where job.id = next.id
+update procrastinate_jobs job set status = 'doing', worker_id = %(worker)s
+where job.id = any (array(select id from next))
 returning job.id, job.priority, job.queue_name, job.task_name, job.args, job.worker_id
 """)
 
@@ -125,7 +131,7 @@ class Connector(procrastinate.PsycopgConnector):
         """What EXCHANGE answers. Raises what the server refuses; a connection that was lost is made anew next time."""
         async with self._turn:
             if self._own is None or self._own.closed:
-                self._own = await self._connect()
+                self._own = await self.connect()
             return (await send(self._own, EXCHANGE, values)).rows
 
     async def close_async(self) -> None:
@@ -133,7 +139,8 @@ class Connector(procrastinate.PsycopgConnector):
             await self._own.close()
         await super().close_async()
 
-    async def _connect(self) -> Connection:
+    async def connect(self) -> Connection:
+        """One for the exchange."""
         connection = await Connection.connect(self._store.dsn, **connection_settings(self._store.dsn, NAME))
         try:
             await _configure(self._store, connection)
