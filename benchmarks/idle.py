@@ -11,7 +11,7 @@ from psycopg.conninfo import conninfo_to_dict
 from benchmarks.server import sibling
 
 SECONDS: Final = 10.0
-SETTLING: Final = 12.0
+SETTLING: Final = 20.0
 """Seconds after a worker's start in which it still does what it does once, and the server counts that, which it does
 late."""
 
