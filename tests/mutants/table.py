@@ -243,7 +243,9 @@ MUTANTS: Final = (
         (
             Edit(
                 "src/durable/worker/jobs.py",
-                " and (job.worker_id = performed.worker or job.worker_id is null)",
+                """
+      and (job.worker_id is null
+           or job.worker_id = (%(performers)s::bigint[])[array_position(%(performed)s::bigint[], job.id)])""",
                 "",
             ),
         ),
