@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, Final, TypeVar
 
 import psycopg
+import pytest
 from procrastinate.jobs import Job
 from psycopg.rows import dict_row
 
@@ -29,6 +30,7 @@ from durable.engine.deliver import deliver
 from durable.engine.engine import Engine
 from durable.engine.points import Point, executing
 from durable.store import sweep as queries
+from durable.store.flush import Flush
 from durable.store.query import Statement
 from durable.testing.harness import SimulatedCrash
 from durable.worker.jobs import LastingJobManager
@@ -309,6 +311,35 @@ async def working(dsn: str, *workflows: AnyWorkflow, concurrency: int = 20, **ar
     """A bench of an app of its own."""
     async with an_app(dsn, *workflows, **arguments) as app, bench(app, concurrency=concurrency) as made:
         yield made
+
+
+class Held:
+    """A step that notes the inputs it began with, and ends when it is told to: with `result`, or with its input."""
+
+    def __init__(self, result: Any = None) -> None:
+        self._result = result
+        self.began: list[Any] = []
+        self.go_on = asyncio.Event()
+
+    async def __call__(self, ctx: Ctx) -> Any:
+        self.began.append(ctx.input)
+        await self.go_on.wait()
+        return ctx.input if self._result is None else self._result
+
+
+def note_flushes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What this process sends from here on, statement by statement."""
+    flushes: list[list[str]] = []
+    add = Flush.add
+
+    def noted(self: Flush, statement: Any, *values: Any) -> Any:
+        if not self._queued:
+            flushes.append([])
+        flushes[-1].append(statement.decode())
+        return add(self, statement, *values)
+
+    monkeypatch.setattr(Flush, "add", noted)
+    return flushes
 
 
 class Gate:

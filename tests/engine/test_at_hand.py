@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from tests.engine.kit import Ctx, Facts, an_app, soon, until
-from tests.engine.test_seats import WAITING, Step, note_flushes, rests
+from tests.engine.kit import Ctx, Facts, Held, an_app, note_flushes, soon, until
+from tests.engine.test_seats import WAITING, rests
 
 from durable import AsyncDurable, Context, NonRetryable, RunCanceled, RunFailed, RunNotFound, define, waiting, workflow
 from durable.core.journal import Journal
@@ -31,8 +31,8 @@ def an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def step() -> Step:
-    return Step()
+def step() -> Held:
+    return Held("done")
 
 
 @asynccontextmanager
@@ -160,7 +160,7 @@ async def test_what_is_handed_over_is_not_encoded(dsn: str) -> None:
 
 
 async def test_nobody_is_registered_meanwhile(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
         flushes = note_flushes(monkeypatch)
@@ -174,7 +174,7 @@ async def test_nobody_is_registered_meanwhile(
         assert asked(app, flushes) == []
 
 
-async def test_two_waiters(dsn: str, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_waiters(dsn: str, step: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
         flushes = note_flushes(monkeypatch)
         run = await app.start("w", 1)
@@ -209,7 +209,7 @@ async def test_a_run_that_fails(dsn: str) -> None:
             await soon(run.result())
 
 
-async def test_a_run_that_is_canceled(dsn: str, step: Step) -> None:
+async def test_a_run_that_is_canceled(dsn: str, step: Held) -> None:
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
         run = await app.start("w", 1)
         result = asyncio.create_task(run.result())
@@ -233,7 +233,7 @@ async def test_a_run_that_goes_on_as_another_one(dsn: str) -> None:
         assert await soon(run.result()) == 3
 
 
-async def test_a_run_that_goes_on_as_one_that_takes_long(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_run_that_goes_on_as_one_that_takes_long(dsn: str, facts: Facts, step: Held) -> None:
     @workflow
     async def chained(ctx: Context, n: int) -> int:
         if n == 0:
@@ -266,7 +266,7 @@ async def test_a_run_that_parks_and_is_ended_by_another_worker(dsn: str, facts: 
 
 
 async def test_a_doorbell_that_finds_it_busy(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its job is over while another one has the run in hand: who waits asks the database meanwhile."""
     monkeypatch.setattr(engine_module, "LOCK_TIMEOUT_MS", 50)
@@ -282,7 +282,7 @@ async def test_a_doorbell_that_finds_it_busy(
         await until(lambda: facts.jobs() == [])
 
 
-async def test_an_end_before_it_was_waited_for(dsn: str, step: Step) -> None:
+async def test_an_end_before_it_was_waited_for(dsn: str, step: Held) -> None:
     """And its job is not over yet."""
     step.go_on.set()
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
@@ -299,7 +299,7 @@ async def test_an_end_before_it_was_waited_for(dsn: str, step: Step) -> None:
 
 
 async def test_an_end_that_comes_from_elsewhere(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is in hand here may be ended there: who relies on this process does so once, for a moment."""
     monkeypatch.setattr(waiting, "LOOK", 0.01)
@@ -315,7 +315,7 @@ async def test_an_end_that_comes_from_elsewhere(
         assert endings_of(app)._waiting == {}
 
 
-async def test_a_waiter_with_a_timeout(dsn: str, step: Step) -> None:
+async def test_a_waiter_with_a_timeout(dsn: str, step: Held) -> None:
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
         run = await app.start("w", 1)
         assert run.id in endings_of(app)._at_hand
@@ -327,7 +327,7 @@ async def test_a_waiter_with_a_timeout(dsn: str, step: Step) -> None:
         assert await soon(run.result()) == {"a": "done"}
 
 
-async def test_a_waiter_that_does_not_wait(dsn: str, step: Step) -> None:
+async def test_a_waiter_that_does_not_wait(dsn: str, step: Held) -> None:
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
         run = await app.start("w", 1)
         with pytest.raises(TimeoutError, match="has not ended within 0 s"):
@@ -336,7 +336,7 @@ async def test_a_waiter_that_does_not_wait(dsn: str, step: Step) -> None:
         assert await soon(run.result()) == {"a": "done"}
 
 
-async def test_a_waiter_that_is_cancelled(dsn: str, step: Step) -> None:
+async def test_a_waiter_that_is_cancelled(dsn: str, step: Held) -> None:
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
         run = await app.start("w", 1)
         result = asyncio.create_task(run.result())
@@ -348,7 +348,7 @@ async def test_a_waiter_that_is_cancelled(dsn: str, step: Step) -> None:
         step.go_on.set()
 
 
-async def test_no_such_run(dsn: str, step: Step) -> None:
+async def test_no_such_run(dsn: str, step: Held) -> None:
     async with at_work(dsn, define("w", input=Any).step("a", step)) as app:
         with pytest.raises(RunNotFound):
             await soon(app.result(uuid.uuid4()))

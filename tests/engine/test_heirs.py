@@ -7,8 +7,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from tests.engine.kit import Bench, Ctx, Facts, soon, until, working
-from tests.engine.test_seats import note_flushes
+from tests.engine.kit import Bench, Facts, Held, note_flushes, soon, until, working
 
 from durable import AsyncRun, Context, define, workflow
 from durable.core.transition import Transition
@@ -17,25 +16,12 @@ from durable.engine.points import Point
 from durable.store.apply import apply_and_commit
 
 
-class Step:
-    """Ends when it is told to."""
-
-    def __init__(self) -> None:
-        self.began: list[Any] = []
-        self.go_on = asyncio.Event()
-
-    async def __call__(self, ctx: Ctx) -> Any:
-        self.began.append(ctx.input)
-        await self.go_on.wait()
-        return ctx.input
-
-
 @pytest.fixture
-def step() -> Step:
-    return Step()
+def step() -> Held:
+    return Held()
 
 
-async def one_slot(bench: Bench, step: Step, count: int = 2, name: str = "w") -> list[AsyncRun[Any]]:
+async def one_slot(bench: Bench, step: Held, count: int = 2, name: str = "w") -> list[AsyncRun[Any]]:
     """So many runs are to be taken up with one slot: the first one has it, the others wait."""
     runs = [await bench.app.start(name, number) for number in range(count)]
     await bench.start_jobs()
@@ -60,7 +46,7 @@ def locks(bench: Bench, flushes: list[list[str]]) -> list[list[str]]:
 
 
 async def test_the_next_run_is_locked_in_the_flush_that_ends_this_one(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with working(dsn, define("w", input=Any).step("a", step), pool_size=3, detach_after=1000) as bench:
         runs = await one_slot(bench, step, 3)
@@ -80,7 +66,7 @@ async def test_the_next_run_is_locked_in_the_flush_that_ends_this_one(
     facts.check_rest()
 
 
-async def test_a_run_that_somebody_else_has_is_waited_for_by_its_own_job(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_run_that_somebody_else_has_is_waited_for_by_its_own_job(dsn: str, facts: Facts, step: Held) -> None:
     async with working(dsn, define("w", input=Any).step("a", step), pool_size=3, detach_after=1000) as bench:
         first, second = await one_slot(bench, step)
         async with await psycopg.AsyncConnection.connect(dsn) as other:
@@ -94,7 +80,7 @@ async def test_a_run_that_somebody_else_has_is_waited_for_by_its_own_job(dsn: st
 
 
 async def test_who_waits_and_is_cancelled_meanwhile(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its run is locked for nobody: it is let go."""
     write, waiting = apply_and_commit, list[asyncio.Task[Any]]()
@@ -123,7 +109,7 @@ async def test_who_waits_and_is_cancelled_meanwhile(
 
 
 async def test_a_write_that_fails_leaves_the_next_one_where_it_was(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, failed = apply_and_commit, list[Transition]()
 
@@ -143,7 +129,7 @@ async def test_a_write_that_fails_leaves_the_next_one_where_it_was(
     facts.check_rest()
 
 
-async def test_a_doorbell_waits_as_any_job(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_doorbell_waits_as_any_job(dsn: str, facts: Facts, step: Held) -> None:
     waits = define("waits", input=Any).wait_for_signal("go", "go")
     async with working(dsn, define("w", input=Any).step("a", step), waits, pool_size=3, detach_after=1000) as bench:
         parked = await bench.app.start("waits", 0)
@@ -168,7 +154,7 @@ async def naps(ctx: Context, n: int) -> int:
     return await ctx.step(abs, -n)
 
 
-async def test_a_function_goes_on_with_the_body_that_was_kept(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_function_goes_on_with_the_body_that_was_kept(dsn: str, facts: Facts, step: Held) -> None:
     async with working(dsn, define("w", input=Any).step("a", step), naps, pool_size=3, detach_after=1000) as bench:
         parked = await bench.app.start(naps, 3)
         await bench.drain()
@@ -186,7 +172,7 @@ async def test_a_function_goes_on_with_the_body_that_was_kept(dsn: str, facts: F
     facts.check_rest()
 
 
-async def test_both_happen_at_once(dsn: str, facts: Facts, step: Step) -> None:
+async def test_both_happen_at_once(dsn: str, facts: Facts, step: Held) -> None:
     """When the end of the one run is committed, the other one is locked."""
     async with working(dsn, define("w", input=Any).step("a", step), pool_size=3, detach_after=1000) as bench:
         first, second = await one_slot(bench, step)

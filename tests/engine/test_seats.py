@@ -14,14 +14,13 @@ from typing import Any
 import psycopg
 import pytest
 from procrastinate.jobs import Job
-from tests.engine.kit import Ctx, Facts, an_app, soon, until, working
+from tests.engine.kit import Facts, Held, an_app, note_flushes, soon, until, working
 
 from durable import AsyncDurable, Context, PayloadError, RunExists, Start, define, workflow
 from durable.engine import engine as engine_module
 from durable.engine import recover
 from durable.engine.hold import Hold, write_and_take
 from durable.store import read
-from durable.store.flush import Flush
 from durable.worker import Worker, serving, takeup
 from durable.worker.serving import LastingWorker
 
@@ -29,22 +28,9 @@ HERE = Path(__file__)
 WAITING = define("waiting").wait_for_signal("go", "go")
 
 
-class Step:
-    """Counts its runs, and ends when it is told to."""
-
-    def __init__(self) -> None:
-        self.began: list[Any] = []
-        self.go_on = asyncio.Event()
-
-    async def __call__(self, ctx: Ctx) -> str:
-        self.began.append(ctx.input)
-        await self.go_on.wait()
-        return "done"
-
-
 @pytest.fixture
-def step() -> Step:
-    return Step()
+def step() -> Held:
+    return Held("done")
 
 
 @workflow
@@ -76,21 +62,6 @@ async def check_given_back(app: AsyncDurable, worker: Worker) -> None:
     assert worker._engine.slots.free == app.options.pool_size - 2
     stats = worker._engine.pool.get_stats
     await until(lambda: stats()["pool_available"] == stats()["pool_size"] > 0)
-
-
-def note_flushes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What this process sends from here on, statement by statement."""
-    flushes: list[list[str]] = []
-    add = Flush.add
-
-    def noted(self: Flush, statement: Any, *values: Any) -> Any:
-        if not self._queued:
-            flushes.append([])
-        flushes[-1].append(statement.decode())
-        return add(self, statement, *values)
-
-    monkeypatch.setattr(Flush, "add", noted)
-    return flushes
 
 
 def fetch_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +111,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], LastingWorker]]:
 # ---------------------------------------------------------------- taken
 
 
-async def test_it_begins_without_a_fetch(dsn: str, facts: Facts, step: Step, fetched: list[int | None]) -> None:
+async def test_it_begins_without_a_fetch(dsn: str, facts: Facts, step: Held, fetched: list[int | None]) -> None:
     step.go_on.set()
     async with serving_app(dsn, step) as (app, _):
         assert await (await app.start("w", 1)).result(timeout=30) == {"a": "done"}
@@ -151,7 +122,7 @@ async def test_it_begins_without_a_fetch(dsn: str, facts: Facts, step: Step, fet
 
 
 async def test_a_start_is_committed_and_its_run_locked_in_one_flush(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving_app(dsn, step) as (app, _):
         flushes = note_flushes(monkeypatch)
@@ -188,7 +159,7 @@ def check_one_flush(app: AsyncDurable, taken: list[str], flushes: list[list[str]
 
 
 async def test_nobody_else_fetches_it_meanwhile(
-    dsn: str, facts: Facts, step: Step, begun: list[Callable[[], LastingWorker]]
+    dsn: str, facts: Facts, step: Held, begun: list[Callable[[], LastingWorker]]
 ) -> None:
     step.go_on.set()
     async with serving_app(dsn, step) as (app, _):
@@ -204,7 +175,7 @@ async def test_nobody_else_fetches_it_meanwhile(
     assert step.began == [1]
 
 
-async def test_a_start_that_is_repeated_is_performed_once(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_start_that_is_repeated_is_performed_once(dsn: str, facts: Facts, step: Held) -> None:
     async with serving_app(dsn, step) as (app, worker):
         runs = [await app.start("w", 1, key="k") for _ in range(3)]
         with pytest.raises(RunExists):
@@ -231,7 +202,7 @@ async def test_a_signal_is_answered_without_a_fetch(dsn: str, facts: Facts, fetc
 
 
 async def test_a_start_whose_answer_was_lost_is_performed(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its job is in the name of a worker that does not know of it."""
     lost: list[str] = []
@@ -273,7 +244,7 @@ async def test_the_server_has_closed_the_idle_connections(dsn: str, facts: Facts
 
 
 async def test_a_doorbell_of_another_queue_goes_there(
-    dsn: str, facts: Facts, step: Step, begun: list[Callable[[], LastingWorker]]
+    dsn: str, facts: Facts, step: Held, begun: list[Callable[[], LastingWorker]]
 ) -> None:
     async with an_app(dsn, WAITING, queue="elsewhere") as elsewhere:
         run = await elsewhere.start("waiting")
@@ -285,7 +256,7 @@ async def test_a_doorbell_of_another_queue_goes_there(
             assert begun == []
 
 
-async def test_there_are_never_more_than_the_worker_may_have(dsn: str, facts: Facts, step: Step) -> None:
+async def test_there_are_never_more_than_the_worker_may_have(dsn: str, facts: Facts, step: Held) -> None:
     async with serving_app(dsn, step, concurrency=2) as (app, _):
         runs = await asyncio.gather(*(app.start("w", number) for number in range(5)))
         await until(lambda: len(step.began) == 2)
@@ -299,7 +270,7 @@ async def test_there_are_never_more_than_the_worker_may_have(dsn: str, facts: Fa
 
 
 async def test_what_does_not_begin_now_goes_through_the_queue(
-    dsn: str, facts: Facts, step: Step, begun: list[Callable[[], LastingWorker]], monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, begun: list[Callable[[], LastingWorker]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving_app(dsn, step) as (app, worker):
         fetch_nothing(worker, monkeypatch)
@@ -313,7 +284,7 @@ async def test_what_does_not_begin_now_goes_through_the_queue(
 
 
 async def test_without_a_free_slot_it_goes_through_the_queue(
-    dsn: str, facts: Facts, step: Step, begun: list[Callable[[], LastingWorker]], monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, begun: list[Callable[[], LastingWorker]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slot is for who holds a connection while user code runs: there are fewer than a worker may have jobs."""
     app = an_app(dsn, define("w", input=Any).step("a", step), pool_size=3)
@@ -344,7 +315,7 @@ def waits(facts: Facts, like: str) -> bool:
 
 @pytest.mark.parametrize("commits", [True, False])
 async def test_a_key_that_is_in_a_transaction_of_somebody_else(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch, commits: bool
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch, commits: bool
 ) -> None:
     """The engine waits a moment for it; then the app does, for as long as it takes."""
     monkeypatch.setattr(engine_module, "LOCK_TIMEOUT_MS", 50)
@@ -365,7 +336,7 @@ async def test_a_key_that_is_in_a_transaction_of_somebody_else(
     facts.check_rest()
 
 
-async def test_a_start_that_is_cancelled(dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_start_that_is_cancelled(dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "LOCK_TIMEOUT_MS", 0)
     async with serving_app(dsn, step) as (app, worker):
         async with await psycopg.AsyncConnection.connect(dsn) as other:
@@ -413,7 +384,7 @@ async def test_a_start_that_is_a_duplicate_by_its_id(dsn: str, facts: Facts) -> 
         assert facts.jobs() == []
 
 
-async def test_a_signal_to_a_run_that_has_ended(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_signal_to_a_run_that_has_ended(dsn: str, facts: Facts, step: Held) -> None:
     step.go_on.set()
     async with serving_app(dsn, step) as (app, worker):
         run = await app.start("w", 1)
@@ -484,7 +455,7 @@ async def test_a_duplicate_that_is_cancelled(dsn: str, facts: Facts, monkeypatch
         await check_given_back(app, worker)
 
 
-async def test_a_worker_that_stops_takes_no_more(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_worker_that_stops_takes_no_more(dsn: str, facts: Facts, step: Held) -> None:
     async with serving_app(dsn, step) as (app, worker):
         await app.start("w", 1)
         await until(lambda: step.began == [1])
@@ -497,7 +468,7 @@ async def test_a_worker_that_stops_takes_no_more(dsn: str, facts: Facts, step: S
 
 
 async def test_an_end_waits_for_a_start_that_is_on_its_way(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its job would be in the name of a worker that has gone."""
     step.go_on.set()
@@ -514,7 +485,7 @@ async def test_an_end_waits_for_a_start_that_is_on_its_way(
     facts.check_rest()
 
 
-async def test_a_worker_that_the_queue_has_forgotten(dsn: str, facts: Facts, step: Step) -> None:
+async def test_a_worker_that_the_queue_has_forgotten(dsn: str, facts: Facts, step: Held) -> None:
     step.go_on.set()
     async with serving_app(dsn, step) as (app, worker):
         facts.execute("delete from durable.procrastinate_workers")
@@ -524,7 +495,7 @@ async def test_a_worker_that_the_queue_has_forgotten(dsn: str, facts: Facts, ste
 
 
 async def test_a_start_that_fails_gives_its_slot_back(
-    dsn: str, facts: Facts, step: Step, monkeypatch: pytest.MonkeyPatch
+    dsn: str, facts: Facts, step: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step.go_on.set()
     async with serving_app(dsn, step, concurrency=1) as (app, worker):
@@ -579,7 +550,7 @@ async def test_a_kill_between_the_commit_and_the_begin(dsn: str, facts: Facts, m
 # ---------------------------------------------------------------- its result
 
 
-async def test_it_is_registered_for_before_it_is_read(dsn: str, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_registered_for_before_it_is_read(dsn: str, step: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """And that is committed in between: an end that was not seen is told. The first look asks for nothing: it may have
     ended."""
     async with serving_app(dsn, step) as (app, _), an_app(dsn, *app.registry) as elsewhere:
