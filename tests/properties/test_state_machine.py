@@ -453,7 +453,7 @@ class Runs(RuleBasedStateMachine):
         if model.ended:
             return
         if model.status == "compensating":
-            model.ending, model.stopped = "canceled", True
+            model.ending, model.stopped = "canceled", model.stopped or not compensate
         elif compensate and (model.journal or seen.begun):
             model.ending = "canceled"
             model.status = model.status if seen.claimed else "compensating"
