@@ -50,7 +50,7 @@ class Slot:
             slots.release()
 
     def heir(self) -> Slot | None:
-        """Who waits for longest, and does not any more: to be passed this one on to, or put back."""
+        """Take whoever waits for longest out of the line: `pass_on` this slot to it, or `put_back`."""
         return self._slots.next() if self._slots is not None and self._had else None
 
     def put_back(self, heir: Slot) -> None:
@@ -131,7 +131,7 @@ class Slots:
             self.free += 1
 
     def next(self) -> Slot | None:
-        """Who waits for longest, and does not any more."""
+        """Take whoever waits for longest out of the line."""
         found = None
         while found is None and self._waiting:
             first = self._waiting.popleft()
