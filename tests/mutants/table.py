@@ -95,7 +95,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a lock passed on to nobody",
-        (Edit(HOLD, "if slot is None or heir is None or heir.gone:", "if slot is None or heir is None:"),),
+        (Edit(HOLD, "        if heir.gone:\n            return False\n", ""),),
         ("tests/engine/test_heirs.py::test_who_waits_and_is_cancelled_meanwhile",),
     ),
     Mutant(

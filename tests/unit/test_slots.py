@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from durable.engine.hold import Hold
-from durable.engine.slots import Slot, Slots
+from durable.engine.slots import Heir, Slot, Slots
 
 
 class Holding:
@@ -32,6 +32,14 @@ async def had(slots: Slots) -> Slot:
 
 def waiting(slot: Slot) -> asyncio.Task[Slot]:
     return asyncio.create_task(slot.__aenter__())
+
+
+def taken_out(slot: Slot, waits: Slot) -> Heir:
+    """Out of the line: the first in it, which is `waits`."""
+    heir = slot.heir()
+    assert heir is not None
+    assert heir.run_id == waits.run_id
+    return heir
 
 
 async def turn() -> None:
@@ -82,8 +90,7 @@ async def test_it_is_passed_on_with_a_run() -> None:
     first, second = slots.one(uuid.uuid4()), slots.one(uuid.uuid4())
     tasks = [waiting(first), waiting(second)]
     await turn()
-    assert slot.heir() is first
-    slot.pass_on(first, hold)
+    taken_out(slot, first).inherit(hold)
     slot.give_back()  # it is not this one's any more
     assert await tasks[0] is first
     assert first.hold is hold
@@ -100,8 +107,7 @@ async def test_an_heir_that_is_put_back_is_the_first_again() -> None:
     first, second = slots.one(uuid.uuid4()), slots.one(uuid.uuid4())
     tasks = [waiting(first), waiting(second)]
     await turn()
-    assert slot.heir() is first
-    slot.put_back(first)
+    taken_out(slot, first).put_back()
     slot.give_back()
     assert await tasks[0] is first
     first.give_back()
@@ -115,12 +121,12 @@ async def test_who_is_cancelled_does_not_wait() -> None:
     slot, first = await had(slots), slots.one(uuid.uuid4())
     task = waiting(first)
     await turn()
-    assert slot.heir() is first
+    heir = taken_out(slot, first)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert first.gone
-    slot.put_back(first)
+    assert heir.gone
+    heir.put_back()
     assert not slots.pressure.is_set()
     slot.give_back()
     assert slots.free == 1
@@ -143,12 +149,11 @@ async def test_pressure_goes_with_who_is_cancelled() -> None:
 async def test_what_was_granted_to_who_is_cancelled_goes_back(with_run: bool) -> None:
     slots = Slots(1)
     slot, (noted, hold) = await had(slots), holding()
-    heir = slots.one(uuid.uuid4())
-    task = waiting(heir)
+    one = slots.one(uuid.uuid4())
+    task = waiting(one)
     await turn()
     if with_run:
-        assert slot.heir() is heir
-        slot.pass_on(heir, hold)
+        taken_out(slot, one).inherit(hold)
     else:
         slot.give_back()
     task.cancel()
@@ -161,12 +166,12 @@ async def test_what_was_granted_to_who_is_cancelled_goes_back(with_run: bool) ->
 async def test_who_has_none_passes_none_on() -> None:
     slots = Slots(1)
     slot = await had(slots)
-    heir = slots.one(uuid.uuid4())
-    task = waiting(heir)
+    one = slots.one(uuid.uuid4())
+    task = waiting(one)
     await turn()
     assert slots.one(uuid.uuid4()).heir() is None
     slot.give_back()  # its handler was detached
     assert slot.heir() is None
     await task
-    heir.give_back()
+    one.give_back()
     assert slots.free == 1

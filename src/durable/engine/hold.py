@@ -36,7 +36,7 @@ from durable.store.runs import Following, Locked, Mode, abandon, begin_and_lock,
 
 if TYPE_CHECKING:
     from durable.engine.desk import Desk
-    from durable.engine.slots import Slot
+    from durable.engine.slots import Heir, Slot
 
 RESET: Final = (
     "reset session authorization; reset role; reset all; unlisten *; discard temp; select pg_advisory_unlock_all()"
@@ -138,10 +138,10 @@ class Hold:
                 following=_wanted(desk, heir) if heir is not None else None,
             )
             self._keep_body(transition, applied.entries)
-            passed_on = following is not None and self._pass_on(slot, heir, following)
+            passed_on = heir is not None and following is not None and self._pass_on(heir, following)
         finally:
-            if slot is not None and heir is not None and not passed_on:
-                slot.put_back(heir)
+            if heir is not None and not passed_on:
+                heir.put_back()
             await self._give_back(connection=not passed_on)
         desk.written(transition)
         if transition.next is not None:
@@ -151,14 +151,14 @@ class Hold:
         desk.at(Point.AFTER_COMMIT, self.view)
         return None
 
-    def _pass_on(self, slot: Slot | None, heir: Slot | None, locked: Locked) -> bool:
-        """The connection, on which another run is locked now, and the slot; unless nobody waits for that any more."""
-        if slot is None or heir is None or heir.gone:
+    def _pass_on(self, heir: Heir, locked: Locked) -> bool:
+        """The slot and the connection, on which the heir's run is locked now; unless nobody waits for that any more."""
+        if heir.gone:
             return False
         hold = _loaded(self._desk, self.connection, locked)
         if hold is None:
             return False
-        slot.pass_on(heir, hold)
+        heir.inherit(hold)
         return True
 
     async def write_and_lock(self, transition: Transition) -> Hold | None:
@@ -337,7 +337,7 @@ async def write_and_take(
     return answer, hold
 
 
-def _wanted(desk: Desk, heir: Slot) -> Following:
+def _wanted(desk: Desk, heir: Heir) -> Following:
     return Following(heir.run_id, with_journal=heir.revision != 0 and heir.run_id not in desk.bodies)
 
 

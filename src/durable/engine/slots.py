@@ -49,20 +49,20 @@ class Slot:
         if slots is not None and self._had:
             slots.release()
 
-    def heir(self) -> Slot | None:
-        """Take whoever waits for longest out of the line: `pass_on` this slot to it, or `put_back`."""
-        return self._slots.next() if self._slots is not None and self._had else None
+    def heir(self) -> Heir | None:
+        """Whoever waits for longest, taken out of the line: to be given this slot, or put back."""
+        waiting = self._slots.next() if self._slots is not None and self._had else None
+        return Heir(self, waiting) if waiting is not None else None
 
-    def put_back(self, heir: Slot) -> None:
-        """It waits again, before all others."""
-        if self._slots is not None:
-            self._slots.wait_first(heir)
-
-    def pass_on(self, heir: Slot, hold: Hold) -> None:
-        """Let `heir`, which still waits, have this slot, and `hold`."""
+    def hand_to(self, waiting: Slot) -> None:
+        """`waiting`, which still does, has it now."""
         self._slots = None
-        heir.hold = hold
-        heir.grant()
+        waiting.grant()
+
+    def put_back(self, waiting: Slot) -> None:
+        """`waiting` waits again, before all others."""
+        if self._slots is not None:
+            self._slots.wait_first(waiting)
 
     # ---------------------------------------------------------------- waiting
 
@@ -86,6 +86,28 @@ class Slot:
         if self.hold is not None:
             await self.hold.discard()
         self.give_back()
+
+
+class Heir:
+    """Whoever had waited for longest for what `slot` gives: `inherit`, or `put_back`."""
+
+    def __init__(self, slot: Slot, waiting: Slot) -> None:
+        self._slot, self._waiting = slot, waiting
+        self.run_id, self.revision = waiting.run_id, waiting.revision
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody waits any more."""
+        return self._waiting.gone
+
+    def inherit(self, hold: Hold) -> None:
+        """Let it, which is not gone, have the slot, and its run locked."""
+        self._waiting.hold = hold
+        self._slot.hand_to(self._waiting)
+
+    def put_back(self) -> None:
+        """It waits again, before all others."""
+        self._slot.put_back(self._waiting)
 
 
 class Slots:

@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 POLLING: Final = 5.0
 """Seconds after which the queue is looked at although nobody rang. What was not announced, or not heard, is seen
 earlier: by the look around that a worker takes once a second."""
-GATHERING: Final = 0.005
-"""Seconds for which a worker that has much in hand lets ended jobs gather: for one statement, instead of one each."""
 
 
 class Seat:
@@ -76,7 +74,6 @@ class LastingWorker(QueueWorker):
         assert isinstance(app.job_manager, LastingJobManager)
         self._manager = app.job_manager
         self._batch = min(fetch_batch or concurrency, concurrency)
-        self._worth_a_look = min(self._batch, concurrency // 2)
         self._performed: list[queue_jobs.Job] = []
         self._seats = 0  # that are kept
         self._all_fetched = False  # nothing was left in the queue by the last look
@@ -127,8 +124,6 @@ class LastingWorker(QueueWorker):
         self.nudge()
         while self._running_jobs or self._seats or not self._stop_event.is_set():
             await self._nudged()
-            if self._performed and self._free < self._worth_a_look:
-                await asyncio.sleep(GATHERING)
             self._new_job_event.clear()
             if self._free or self._performed:
                 await self._exchange(min(self._free, self._batch))
