@@ -80,13 +80,14 @@ def table_size(plot: Any, results: Results) -> bool:
         for case in cases:
             slow = growth.slowdown(results, case, kept)
             if slow is not None:
-                names.append(f"{case}\n{kept}")
+                names.append(f"{case}, {kept}")
                 values.append(slow)
-    bars = plot.bar(range(len(values)), values, 0.7, color=COLOURS["durable"])
+    bars = plot.barh(range(len(values)), values, 0.7, color=COLOURS["durable"])
     plot.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8)
-    plot.axhline(1, color="#888888", linewidth=0.8)
-    plot.xticks(range(len(names)), names, fontsize=7)
-    plot.ylabel("as slow as on an empty database")
+    plot.axvline(1, color="#888888", linewidth=0.8)
+    plot.yticks(range(len(names)), names, fontsize=8)
+    plot.gca().invert_yaxis()
+    plot.xlabel("as slow as on an empty database")
     beside = [growth.beside(kept, results.size) for kept, _ in growth.KEPT.values()]
     plot.title(
         "\n".join(f"{kept}: {what}" for (kept, _), what in zip(growth.KEPT.values(), beside, strict=True)), fontsize=9

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from benchmarks.cases import CASES, Size
+from benchmarks.cases import STEPS as STEPS_A_SECOND
 from benchmarks.figures import amount, table, times
 from benchmarks.prepare import FINISHED, PARKED, WAITING
 from benchmarks.results import Kept, Point, Results
@@ -16,8 +17,8 @@ OURS: Final = ("durable", "durable_function")
 STEPS: Final = (1, 2, 5, 10, 20, 50)
 IN_FLIGHT: Final = (1, 8, 32, 128)
 PROCESSES: Final = (1, 2)
-TABLE_CASES: Final = ("one_step", "ten_step", "latency_1", "signal", "start", "idle")
-BACKLOG_CASES: Final = ("one_step", "ten_step", "start")
+BACKLOG_CASES: Final = (*STEPS_A_SECOND, "start", "start_many")
+"""What is worked off or started before those that wait; a latency would be that of a worker that is never idle."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ LINES: Final = {
     "growth_processes": Line("processes", "worker processes", "--processes", PROCESSES, (*OURS, "dbos", "floor")),
 }
 KEPT: Final[dict[str, tuple[Kept, tuple[str, ...]]]] = {
-    "growth_table": ("large", TABLE_CASES),
+    "growth_table": ("large", tuple(CASES)),
     "growth_backlog": ("backlog", BACKLOG_CASES),
 }
 NAMES: Final = (*LINES, *KEPT)
@@ -85,12 +86,6 @@ def slowdown(results: Results, case: str, kept: Kept) -> float | None:
     empty = results.value(case, "durable", "database empty")
     full = results.value(case, "durable", f"database {kept}")
     return ratio(empty, full) if CASES[case].higher else ratio(full, empty)
-
-
-def worst_slowdown(results: Results) -> float | None:
-    """The greatest of all that were measured."""
-    found = [slowdown(results, case, kept) for kept, cases in KEPT.values() for case in cases]
-    return max((value for value in found if value is not None), default=None)
 
 
 def markdown(results: Results, names: Sequence[str]) -> str:

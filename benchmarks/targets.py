@@ -8,7 +8,7 @@ from typing import Final
 
 from benchmarks import growth
 from benchmarks.figures import amount, table
-from benchmarks.results import Results
+from benchmarks.results import Kept, Results
 from benchmarks.statistics import median, p99, ratio
 
 Found = Callable[[Results], float | None]
@@ -63,6 +63,10 @@ def _timer_p99(results: Results) -> float | None:
     return _p99(results, "timer", "durable")
 
 
+def _slowdown(case: str, kept: Kept) -> Found:
+    return lambda results: growth.slowdown(results, case, kept)
+
+
 def _worst_takeover(results: Results) -> float | None:
     return max(results.samples("takeover", "durable"), default=None)
 
@@ -100,7 +104,11 @@ TARGETS: Final = (
     Target(CASES, "takeover, p50 in s", 1, False, alone("takeover"), strict=True),
     Target(CASES, "takeover, worst in s", 2.5, False, _worst_takeover, strict=True),
     Target("growth", "two processes / floor", 0.55, True, _two_processes),
-    Target("growth", "slowdown beside many rows, worst", 1.25, False, growth.worst_slowdown),
+    *(
+        Target("growth", f"{case}, as slow on database {kept}", 1.25, False, _slowdown(case, kept))
+        for kept, cases in growth.KEPT.values()
+        for case in cases
+    ),
     Target("replay", "replay of 1,000 steps in ms", 50, False, _replay, strict=True),
     Target("memory", "memory after all runs / after the first ones", 1.1, False, _memory),
 )

@@ -184,7 +184,10 @@ def test_a_slowdown_is_above_one_for_rates_and_for_times() -> None:
         results.values[Point(case, "durable", "database large", database="large")] = [[large]]
     assert growth.slowdown(results, "ten_step", "large") == 2
     assert growth.slowdown(results, "latency_1", "large") == 1.5
-    assert growth.worst_slowdown(results) == 2
+    rows = targets.markdown(results, "growth").splitlines()
+    assert "| ten_step, as slow on database large | <= 1.25 | 2.00 | **missed** |" in rows
+    assert "| latency_1, as slow on database large | <= 1.25 | 1.50 | **missed** |" in rows
+    assert "| one_step, as slow on database backlog | <= 1.25 | - | not measured |" in rows
 
 
 def test_what_two_measures_of_growth_share_is_measured_once() -> None:
