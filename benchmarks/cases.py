@@ -95,7 +95,7 @@ CASES: Final = {
             "ms",
             "from start to result, one step, p50",
             higher=False,
-            full={"steps": 1, "samples": 200},
+            full={"steps": 1, "samples": 300},
             quick={"steps": 1, "samples": 10},
         ),
         Case(
@@ -103,7 +103,7 @@ CASES: Final = {
             "ms",
             "from start to result, ten steps, p50",
             higher=False,
-            full={"steps": 10, "samples": 100},
+            full={"steps": 10, "samples": 300},
             quick={"steps": 10, "samples": 10},
         ),
         Case(
@@ -111,7 +111,7 @@ CASES: Final = {
             "ms",
             "from a signal to the run's end, p50",
             higher=False,
-            full={"samples": 200},
+            full={"samples": 300},
             quick={"samples": 10},
         ),
         Case(

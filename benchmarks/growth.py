@@ -11,7 +11,6 @@ from benchmarks.cases import STEPS as STEPS_A_SECOND
 from benchmarks.figures import amount, table, times
 from benchmarks.prepare import FINISHED, PARKED, WAITING
 from benchmarks.results import Kept, Point, Results
-from benchmarks.statistics import ratio
 
 OURS: Final = ("durable", "durable_function")
 STEPS: Final = (1, 2, 5, 10, 20, 50)
@@ -83,9 +82,8 @@ def points(names: Sequence[str]) -> list[Point]:
 
 def slowdown(results: Results, case: str, kept: Kept) -> float | None:
     """How many times as slow, or as busy, durable is on such a database as on an empty one."""
-    empty = results.value(case, "durable", "database empty")
-    full = results.value(case, "durable", f"database {kept}")
-    return ratio(empty, full) if CASES[case].higher else ratio(full, empty)
+    empty, full = (case, "durable", "database empty"), (case, "durable", f"database {kept}")
+    return results.ratio(empty, full) if CASES[case].higher else results.ratio(full, empty)
 
 
 def markdown(results: Results, names: Sequence[str]) -> str:

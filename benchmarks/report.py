@@ -10,9 +10,13 @@ from benchmarks import elsewhere, growth, memory, profile, replay, targets
 from benchmarks.cases import CASES, LATENCIES, SYSTEMS
 from benchmarks.figures import amount, table, times
 from benchmarks.results import Failure, Point, Results
-from benchmarks.statistics import p99, ratio
+from benchmarks.statistics import p99
 
 OURS = "durable"
+RATIOS = (
+    "How many times as good as each other system durable is: the median of what that was in each round. The machine is "
+    "not as fast in one round as in another."
+)
 BESIDE = {"memory": memory.markdown, "profile": profile.markdown, "replay": replay.markdown}
 
 
@@ -59,7 +63,7 @@ def _beside(results: Results, asked: Asked, name: str) -> str:
 def _results(results: Results, asked: Asked) -> list[str]:
     return [
         values(results, asked),
-        f"### Ratios\n\nHow many times as good as each other system durable is.\n\n{ratios(results, asked)}",
+        f"### Ratios\n\n{RATIOS}\n\n{ratios(results, asked)}",
         f"### Targets\n\n{targets.markdown(results, 'cases')}",
         f"### Beside what was measured elsewhere\n\n{elsewhere.ABOUT}\n\n{elsewhere.markdown(results)}",
         _settings(results, asked),
@@ -114,16 +118,13 @@ def _nothing(results: Results, point: Point) -> str:
 def ratios(results: Results, asked: Asked) -> str:
     """durable to all others: more than 1 is better than they are, whatever the unit."""
     others = [system for system in asked.systems if system != OURS]
-    rows = []
-    for case in asked.cases:
-        ours = results.value(case, OURS)
-
-        def better(system: str, case: str = case, ours: float | None = ours) -> float | None:
-            theirs = results.value(case, system)
-            return ratio(ours, theirs) if CASES[case].higher else ratio(theirs, ours)
-
-        rows.append([case, *(times(better(system)) for system in others)])
+    rows = [[case, *(times(_better(results, case, system)) for system in others)] for case in asked.cases]
     return table(["case", *others], rows, left=1)
+
+
+def _better(results: Results, case: str, system: str) -> float | None:
+    ours, theirs = (case, OURS), (case, system)
+    return results.ratio(ours, theirs) if CASES[case].higher else results.ratio(theirs, ours)
 
 
 def _settings(results: Results, asked: Asked) -> str:

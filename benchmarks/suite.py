@@ -97,16 +97,16 @@ class Suite:
         except MeasurementFailed as error:
             answer = {"failed": str(error)}
         with self._lock:
-            said = self._note(point, answer)
+            said = self._note(point, number, answer)
         self._tell(f"round {number}: {point}: {said} ({time.monotonic() - began:.1f} s)")
 
-    def _note(self, point: Point, answer: dict[str, Any]) -> str:
+    def _note(self, point: Point, number: int, answer: dict[str, Any]) -> str:
         """Keep an answer; returns it in words."""
         results = self._results
         if "failed" in answer:
             results.failures.append(Failure(point.system, answer["failed"], point))
             return f"failed: {answer['failed']}"
-        results.values.setdefault(point, []).append(answer["values"])
+        results.values.setdefault(point, {})[number] = answer["values"]
         case = CASES[point.case]
         if not answer["values"]:
             return case.nothing(results.size)

@@ -37,7 +37,7 @@ class Target:
 
 def beside(case: str, other: str, system: str = "durable", to: str | None = None) -> Found:
     """The value of a case, as a multiple of another system's, or of the case `to`."""
-    return lambda results: ratio(results.value(case, system), results.value(to or case, other))
+    return lambda results: results.ratio((case, system), (to or case, other))
 
 
 def alone(case: str) -> Found:
@@ -51,7 +51,7 @@ def p99_beside(case: str, other: str) -> Found:
 
 def _two_processes(results: Results) -> float | None:
     two = growth.LINES["growth_processes"].variant(2)
-    return ratio(results.value("ten_step", "durable", two), results.value("ten_step", "floor", two))
+    return results.ratio(("ten_step", "durable", two), ("ten_step", "floor", two))
 
 
 def _p99(results: Results, case: str, system: str) -> float | None:

@@ -20,7 +20,7 @@ def measured(**values: float) -> Results:
     results = Results()
     for name, value in values.items():
         case, system = name.split("__")
-        results.values[Point(case, system)] = [[value]]
+        results.values[Point(case, system)] = {1: [value]}
     return results
 
 
@@ -34,21 +34,21 @@ def target(what: str) -> targets.Target:
 
 def test_a_value_is_the_median_of_the_rounds_and_not_of_all_samples() -> None:
     results = Results()
-    results.values[Point("latency_1", "durable")] = [[1, 1, 1], [9], [5]]
+    results.values[Point("latency_1", "durable")] = {1: [1, 1, 1], 2: [9], 3: [5]}
     assert results.value("latency_1", "durable") == 5
 
 
 def test_a_timer_is_summed_up_by_its_p99() -> None:
     results = Results()
-    results.values[Point("timer", "durable")] = [list(range(101))]
+    results.values[Point("timer", "durable")] = {1: list(range(101))}
     assert results.value("timer", "durable") == 99
 
 
 def test_the_floor_has_one_value_for_all_steps() -> None:
     results = Results()
     for case, value in zip(("one_step", "ten_step", "fifty_step"), (1.0, 2.0, 9.0), strict=True):
-        results.values[Point(case, "floor")] = [[value]]
-    results.values[Point("ten_step", "floor", "in flight 1")] = [[100.0]]
+        results.values[Point(case, "floor")] = {1: [value]}
+    results.values[Point("ten_step", "floor", "in flight 1")] = {1: [100.0]}
     assert [results.value(case, "floor") for case in ("one_step", "ten_step", "fifty_step")] == [2, 2, 2]
 
 
@@ -71,12 +71,12 @@ def test_each_round_goes_case_after_case_through_all_systems() -> None:
 
 def test_latencies_are_compared_by_the_p99_of_all_rounds_too() -> None:
     results = Results()
-    results.values[Point("latency_10", "durable")] = [[1.0] * 50, [1.0] * 50 + [4.0]]
+    results.values[Point("latency_10", "durable")] = {1: [1.0] * 50, 2: [1.0] * 50 + [4.0]}
     compared = target("latency_10 / dbos, p99")
     assert compared.found(results) is None
-    results.values[Point("latency_10", "dbos")] = [[10.0]]
+    results.values[Point("latency_10", "dbos")] = {1: [10.0]}
     assert compared.found(results) == 0.1
-    results.values[Point("latency_10", "durable")] = [list(range(51)), list(range(51, 101))]
+    results.values[Point("latency_10", "durable")] = {1: list(range(51)), 2: list(range(51, 101))}
     assert compared.found(results) == 9.9
 
 
@@ -86,7 +86,7 @@ def test_latencies_are_compared_by_the_p99_of_all_rounds_too() -> None:
 def test_what_a_system_does_not_have_and_what_failed_are_told_apart() -> None:
     results = Results()
     results.failures.append(Failure("dbos", "it broke", Point("signal", "dbos")))
-    results.values[Point("takeover", "absurd")] = [[]]
+    results.values[Point("takeover", "absurd")] = {1: []}
     page = report.parts(results, asked("signal", "takeover"))["results"]
     assert "| signal | from a signal to the run's end, p50 (ms) | - | - | - | failed | - | - |" in page
     assert "not within 60 s" in page
@@ -110,7 +110,7 @@ def test_a_system_that_is_not_installed_is_not_tried_again() -> None:
 
 def test_a_takeover_that_nobody_made_is_not_tried_again() -> None:
     results = Results()
-    results.values[Point("takeover", "absurd")] = [[]]
+    results.values[Point("takeover", "absurd")] = {1: []}
     assert results.hopeless(Point("takeover", "absurd"))
     assert results.value("takeover", "absurd") is None
 
@@ -123,6 +123,16 @@ def test_more_than_one_is_better_whatever_the_unit() -> None:
     shown = report.ratios(results, asked("ten_step", "latency_1", size=("durable", "dbos")))
     assert "| ten_step | 3.00 x |" in shown
     assert "| latency_1 | 4.00 x |" in shown
+
+
+def test_what_is_compared_was_measured_in_the_same_round() -> None:
+    results = Results()
+    results.values[Point("ten_step", "durable")] = {1: [100.0], 2: [20.0], 3: [70.0], 4: [500.0]}
+    results.values[Point("ten_step", "dbos")] = {1: [10.0], 3: [10.0], 2: [1.0], 5: [1_000.0]}
+    assert results.ratio(("ten_step", "durable"), ("ten_step", "dbos")) == 10  # of 10, 20 and 7
+    assert target("ten_step / dbos").found(results) == 10
+    assert "| ten_step | 10.0 x |" in report.ratios(results, asked("ten_step", size=("durable", "dbos")))
+    assert results.ratio(("ten_step", "durable"), ("ten_step", "absurd")) is None
 
 
 @pytest.mark.parametrize(
@@ -180,8 +190,8 @@ def test_a_peer_that_is_behind_must_be_explained(monkeypatch: pytest.MonkeyPatch
 def test_a_slowdown_is_above_one_for_rates_and_for_times() -> None:
     results = Results()
     for case, empty, large in (("ten_step", 200, 100), ("latency_1", 4, 6)):
-        results.values[Point(case, "durable", "database empty")] = [[empty]]
-        results.values[Point(case, "durable", "database large", database="large")] = [[large]]
+        results.values[Point(case, "durable", "database empty")] = {1: [empty]}
+        results.values[Point(case, "durable", "database large", database="large")] = {1: [large]}
     assert growth.slowdown(results, "ten_step", "large") == 2
     assert growth.slowdown(results, "latency_1", "large") == 1.5
     rows = targets.markdown(results, "growth").splitlines()
