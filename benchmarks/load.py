@@ -7,6 +7,9 @@ from typing import Final
 
 TEXT: Final = "x" * 90
 """A step returns ``{"text": TEXT}``: about 100 bytes of JSON."""
+RESTING: Final = 0.02
+"""Seconds in which worker and client come to rest before each single value: latencies are those of an idle system, of
+each in the same way, for a disk that is left alone between two commits answers later than one that is not."""
 
 
 @dataclass(frozen=True)

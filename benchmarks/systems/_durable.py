@@ -21,7 +21,7 @@ import psycopg
 
 from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
-from benchmarks.load import TEXT, Load
+from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import Crew, crew, say, stdin_ended
 from durable import AsyncDurable, AsyncRun, Start
 from durable.define.registry import AnyWorkflow
@@ -34,8 +34,6 @@ A_CALL: Final = 1_000
 """Runs that are started in one call."""
 POLL: Final = 0.05
 """Seconds between two looks at whether all is done."""
-RESTING: Final = 0.02
-"""Seconds in which worker and client come to rest: latencies are those of an idle system."""
 SETTLED: Final = 4.0
 """Seconds that a worker has been there before another one is killed: it takes over from one that it has known."""
 
@@ -288,13 +286,11 @@ def _version(package: str) -> str:
 
 
 async def _warm_samples(once: Callable[[], Awaitable[float]], count: int) -> list[float]:
-    for _ in range(5):
-        await once()
     values = []
-    for _ in range(count):
-        values.append(await once())
+    for _ in range(5 + count):
         await asyncio.sleep(RESTING)
-    return values
+        values.append(await once())
+    return values[5:]
 
 
 async def until_waiting(app: AsyncDurable, run: AsyncRun[Any]) -> None:

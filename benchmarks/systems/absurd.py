@@ -17,7 +17,7 @@ from absurd_sdk import AsyncAbsurd, AsyncTaskContext
 
 from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
-from benchmarks.load import TEXT, Load
+from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import crew, say, stdin_ended
 from benchmarks.systems._peers import first_to_begin, taken_over
 
@@ -30,8 +30,6 @@ SELDOM: Final = 0.1
 """The same, where nobody waits for the client, so that it is not in the worker's way."""
 BATCH: Final = 128
 """Tasks that a worker claims at once, where steps a second are measured."""
-RESTING: Final = 0.02
-"""Seconds in which a task that has begun to wait comes to rest."""
 SETTINGS: Final = (
     f"the async SDK; `poll_interval` {POLLING} instead of 0.25; steps a second with `concurrency` as many as runs in "
     f"flight and `batch_size` {BATCH}; a client looks for results with `fetch_task_result` every {LOOKING * 1e3:g} ms, "
@@ -163,9 +161,11 @@ async def _until(app: AsyncAbsurd, task: str, state: str, looking: float = LOOKI
 
 
 async def _warm_samples(once: Callable[[], Awaitable[float]], count: int) -> list[float]:
-    for _ in range(5):
-        await once()
-    return [await once() for _ in range(count)]
+    values = []
+    for _ in range(5 + count):
+        await asyncio.sleep(RESTING)
+        values.append(await once())
+    return values[5:]
 
 
 async def latency(load: Load) -> list[float]:

@@ -20,7 +20,7 @@ from dbos import DBOS, DBOSClient, DBOSConfig, EnqueueOptions
 
 from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
-from benchmarks.load import TEXT, Load
+from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import crew, say
 from benchmarks.systems._peers import first_to_begin, taken_over
 
@@ -37,8 +37,6 @@ NAME: Final = "benchmark"
 STEPPING: Final[EnqueueOptions] = {"workflow_name": "stepping", "queue_name": QUEUE}
 POLLING: Final = 0.02
 """Seconds between two looks into the queue: of 0.001 to 0.2, with what it did most runs a second."""
-RESTING: Final = 0.02
-"""Seconds in which a run that is about to wait comes to rest."""
 
 _ENDED: Final = "select count(*), max(completed_at) / 1000.0 from dbos.workflow_status where status = 'SUCCESS'"
 
@@ -212,11 +210,14 @@ def _measured(once: Callable[[Load], float]) -> Callable[[Load], Awaitable[list[
 
     def all_of_them(load: Load) -> list[float]:
         with launched(load.dsn):
-            for _ in range(5):
-                once(load)
-            return [once(load) for _ in range(load.samples)]
+            return [_rested(once, load) for _ in range(5 + load.samples)][5:]
 
     return lambda load: asyncio.to_thread(all_of_them, load)
+
+
+def _rested(once: Callable[[Load], float], load: Load) -> float:
+    time.sleep(RESTING)
+    return once(load)
 
 
 def _latency(load: Load) -> float:

@@ -16,7 +16,7 @@ from procrastinate.tasks import Task
 from procrastinate.types import JSONDict
 
 from benchmarks.idle import commits_a_second
-from benchmarks.load import TEXT, Load
+from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import crew, say, stdin_ended
 
 CONNECTIONS: Final = 40
@@ -28,9 +28,6 @@ SETTINGS: Final = (
 WARM: Final = 50
 A_CALL: Final = 1_000
 POLL: Final = 0.05
-RESTING: Final = 0.02
-"""Seconds between two jobs whose latency is measured. The task tells of its end before the worker has finished the job;
-of jobs that are deferred at that moment about one in ten was found to wait for the next poll, up to 5 s."""
 
 _AT_WORK: Final = "select exists (select from procrastinate_jobs where status in ('todo', 'doing'))"
 _SUCCEEDED: Final = "select count(*) from procrastinate_jobs where status = 'succeeded'"
@@ -121,16 +118,18 @@ async def start_many(load: Load) -> list[float]:
 
 
 async def latency(load: Load) -> list[float]:
-    """Milliseconds from the deferring of a job until it has run."""
+    """Milliseconds from the deferring of a job until it has run, one after the other, each after a rest. For the task
+    tells of its end before the worker has finished the job, and of jobs that are deferred at that moment about one in
+    ten was found to wait for the next poll, up to 5 s."""
     async with queue(load.dsn) as at, at.worker(load.in_flight):
         milliseconds = []
         for number in range(5 + load.samples):
+            await asyncio.sleep(RESTING)
             ended = at.ended[number] = asyncio.Event()
             began = time.perf_counter()
             await at.task.defer_async(number=number)
             await ended.wait()
             milliseconds.append((time.perf_counter() - began) * 1e3)
-            await asyncio.sleep(RESTING)
         return milliseconds[5:]
 
 
