@@ -23,6 +23,7 @@ from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
 from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import Crew, crew, say, stdin_ended
+from benchmarks.samples import warm_samples
 from durable import AsyncDurable, AsyncRun, Start
 from durable.define.registry import AnyWorkflow
 from durable.worker import Worker
@@ -184,7 +185,7 @@ class Kind:
                 await (await app.start(workflow, given)).result()
                 return (time.perf_counter() - began) * 1e3
 
-            return await _warm_samples(once, load.samples)
+            return await warm_samples(once, load.samples)
 
     async def signal(self, load: Load) -> list[float]:
         """Milliseconds from a signal to the end of the run that waited for it, as its client sees it."""
@@ -199,7 +200,7 @@ class Kind:
                 await result
                 return (time.perf_counter() - began) * 1e3
 
-            return await _warm_samples(once, load.samples)
+            return await warm_samples(once, load.samples)
 
     async def timer(self, load: Load) -> list[float]:
         """Milliseconds by which sleeps of 0.3 to 1.5 s have ended late, all of them at the same time."""
@@ -283,14 +284,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "from its source"
-
-
-async def _warm_samples(once: Callable[[], Awaitable[float]], count: int) -> list[float]:
-    values = []
-    for _ in range(5 + count):
-        await asyncio.sleep(RESTING)
-        values.append(await once())
-    return values[5:]
 
 
 async def until_waiting(app: AsyncDurable, run: AsyncRun[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.metadata
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,6 +20,7 @@ from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
 from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import crew, say, stdin_ended
+from benchmarks.samples import warm_samples
 from benchmarks.systems._peers import first_to_begin, taken_over
 
 MODULE: Final = __spec__.name
@@ -160,14 +162,6 @@ async def _until(app: AsyncAbsurd, task: str, state: str, looking: float = LOOKI
     return found.result
 
 
-async def _warm_samples(once: Callable[[], Awaitable[float]], count: int) -> list[float]:
-    values = []
-    for _ in range(5 + count):
-        await asyncio.sleep(RESTING)
-        values.append(await once())
-    return values[5:]
-
-
 async def latency(load: Load) -> list[float]:
     """Milliseconds from spawning a task until a client sees that it has ended."""
     async with prompt(load) as app:
@@ -178,12 +172,12 @@ async def latency(load: Load) -> list[float]:
             await _until(app, task["task_id"], "completed")
             return (time.perf_counter() - began) * 1e3
 
-        return await _warm_samples(once, load.samples)
+        return await warm_samples(once, load.samples)
 
 
 async def signal(load: Load) -> list[float]:
     """Milliseconds from an event to the end of the task that waited for it, as its client sees it."""
-    numbers = iter(range(5 + load.samples))
+    numbers = itertools.count()
     async with prompt(load) as app:
 
         async def once() -> float:
@@ -196,7 +190,7 @@ async def signal(load: Load) -> list[float]:
             await _until(app, task["task_id"], "completed")
             return (time.perf_counter() - began) * 1e3
 
-        return await _warm_samples(once, load.samples)
+        return await warm_samples(once, load.samples)
 
 
 async def timer(load: Load) -> list[float]:
