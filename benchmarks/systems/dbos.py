@@ -22,6 +22,7 @@ from benchmarks.backlog import WARM, worked_off
 from benchmarks.idle import commits_a_second
 from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import crew, say
+from benchmarks.samples import WARMING
 from benchmarks.systems._peers import first_to_begin, taken_over
 
 SETTINGS: Final = (
@@ -210,7 +211,7 @@ def _measured(once: Callable[[Load], float]) -> Callable[[Load], Awaitable[list[
 
     def all_of_them(load: Load) -> list[float]:
         with launched(load.dsn):
-            return [_rested(once, load) for _ in range(5 + load.samples)][5:]
+            return [_rested(once, load) for _ in range(WARMING + load.samples)][WARMING:]
 
     return lambda load: asyncio.to_thread(all_of_them, load)
 

@@ -18,6 +18,7 @@ from procrastinate.types import JSONDict
 from benchmarks.idle import commits_a_second
 from benchmarks.load import RESTING, TEXT, Load
 from benchmarks.processes import crew, say, stdin_ended
+from benchmarks.samples import WARMING
 
 CONNECTIONS: Final = 40
 SETTINGS: Final = (
@@ -123,14 +124,14 @@ async def latency(load: Load) -> list[float]:
     ten was found to wait for the next poll, up to 5 s."""
     async with queue(load.dsn) as at, at.worker(load.in_flight):
         milliseconds = []
-        for number in range(5 + load.samples):
+        for number in range(WARMING + load.samples):
             await asyncio.sleep(RESTING)
             ended = at.ended[number] = asyncio.Event()
             began = time.perf_counter()
             await at.task.defer_async(number=number)
             await ended.wait()
             milliseconds.append((time.perf_counter() - began) * 1e3)
-        return milliseconds[5:]
+        return milliseconds[WARMING:]
 
 
 async def idle(load: Load) -> list[float]:
