@@ -235,8 +235,19 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a run ends over what came to its inbox during its last step",
-        (Edit("src/durable/engine/advance.py", "whole=transition.ends and not hold.lent", "whole=False"),),
+        (Edit("src/durable/engine/advance.py", "whole=transition.ends)", "whole=False)"),),
         ("tests/engine/test_interleavings.py::test_what_is_asked_during_the_last_step_is_not_overlooked",),
+    ),
+    Mutant(
+        "the row is let go of when an end is refused",
+        (
+            Edit(
+                "src/durable/store/apply.py",
+                "await send(connection, db.sql.back_to_savepoint)",
+                "await abandon(connection)\n            await send(connection, db.sql.begin)",
+            ),
+        ),
+        ("tests/engine/test_interleavings.py::test_who_waits_for_the_row_has_it_after_the_outcome_of_the_last_step",),
     ),
     Mutant(
         "a job is finished by who had it before it was put back",

@@ -27,7 +27,7 @@ from durable.store.errors import InboxNews, InternalError, JournalConflict, RowB
 from durable.store.flush import send
 from durable.store.inbox import load_inbox
 from durable.store.journal import load_journal
-from durable.store.runs import abandon, begin_and_lock
+from durable.store.runs import abandon, begin_and_lock, let_go
 from durable.values import MOVES, Status, WaitingFor, child_id
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
@@ -525,7 +525,9 @@ async def test_an_end_that_knows_the_whole_inbox(
         )
         with pytest.raises(InboxNews, match=str(run.id)):
             await apply_and_commit(store, connection, ending, inbox, whole=inbox)
-        assert connection.info.transaction_status is TransactionStatus.IDLE
+        assert connection.info.transaction_status is TransactionStatus.INTRANS
+        assert await begin_and_lock(store, rival, run.id, "skip") is None  # the row is still locked
+        await let_go(store, connection)
         assert await read(store, connection, run.id) == run
         assert await load_journal(store, connection, run.id) == {}
         assert [job[1] for job in await jobs(store, connection, run.id) if job[0] == "durable.advance"] == [0]

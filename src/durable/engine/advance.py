@@ -25,7 +25,7 @@ from durable.engine.flight import Flight
 from durable.engine.hold import Hold, take
 from durable.engine.points import Point
 from durable.engine.slots import Slot
-from durable.store.errors import RowBusy
+from durable.store.errors import InboxNews, RowBusy
 
 if TYPE_CHECKING:
     from durable.engine.engine import Engine
@@ -120,11 +120,11 @@ async def execute_attached(engine: Engine, hold: Hold, call: Call, slot: Slot, b
         if (deferred := defer(hold.view, ended)) is not None:
             return hold.defer(deferred)
         transition = settle(hold.view, ended, engine.limits())
-        # A pause or cancel that came during the last step is not overlooked: the inbox is read again, if the step has
-        # written what must not be lost; if not, the end is refused should there be something new.
-        if transition.ends and hold.lent and await hold.read_inbox():
-            transition = settle(hold.view, ended, engine.limits())
-        return await write(hold, transition, budget, slot, whole=transition.ends and not hold.lent)
+        try:
+            return await write(hold, transition, budget, slot, whole=transition.ends)
+        except InboxNews:  # a pause or cancel that came during the last step is not overlooked
+            await hold.read_inbox()
+            return await write(hold, settle(hold.view, ended, engine.limits()), budget, slot)
     except engine.DATABASE_ERRORS as error:
         await hold.discard()
         return await claims.record_anew(engine, hold.view, flight, error)

@@ -22,7 +22,6 @@ from durable.core.transition import Call, Fanout, Next, Transition
 from durable.engine.flight import ClaimLock, ClaimLost, Discarded, Flight, is_running, without_transaction
 from durable.engine.hold import Hold, take
 from durable.engine.points import Point
-from durable.store.errors import InboxNews
 from durable.values import Status
 
 if TYPE_CHECKING:
@@ -227,7 +226,7 @@ class Claimed:
 
 
 async def record_anew(engine: Engine, view: View, flight: Flight, error: Exception) -> Hold | None:
-    """The transaction that an attached call ran under is gone, or its COMMIT was refused or never answered.
+    """The transaction that an attached call ran under is gone, or its COMMIT was never answered.
 
     Unless it did go through, the outcome is written in a new one, fenced by the revision: what the handler did outside
     the database has happened. If it had been lent the connection, what it wrote is lost: a failed attempt.
@@ -235,8 +234,7 @@ async def record_anew(engine: Engine, view: View, flight: Flight, error: Excepti
     ended = await flight.ended()
     if flight.lent and flight.lost is None:
         ended = replace(ended, outcome=without_transaction(flight.call, error))
-    level = logging.INFO if isinstance(error, InboxNews) else logging.WARNING
-    log.log(level, "run %s: writing the outcome of %r again after: %s", view.run.id, flight.call.step_id, error)
+    log.warning("run %s: writing the outcome of %r again after: %s", view.run.id, flight.call.step_id, error)
     async for _ in engine.tries(limit=8):
         with engine.database_errors_only():
             hold = await take(engine, view.run.id)

@@ -27,7 +27,7 @@ from durable.engine.hooks import Hooks
 from durable.engine.points import Hook, Point, nothing
 from durable.store import jobs, nudges
 from durable.store.db import Pool, Store
-from durable.store.errors import InboxNews, JournalConflict, RowBusy, StaleRevision
+from durable.store.errors import JournalConflict, RowBusy, StaleRevision
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ class Desk:
         RowBusy,
         StaleRevision,
         JournalConflict,
-        InboxNews,
     )
     """What never fails a run: the transaction is run again, or recovery puts the run back."""
 

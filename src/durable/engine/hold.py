@@ -27,7 +27,7 @@ from durable.engine.points import Point
 from durable.store.apply import apply_and_commit, apply_and_relock
 from durable.store.connection import Connection
 from durable.store.db import alive
-from durable.store.errors import RowBusy
+from durable.store.errors import InboxNews, RowBusy
 from durable.store.flush import Answer
 from durable.store.inbox import forward, load_inbox, mark_seen
 from durable.store.journal import load_journal
@@ -115,13 +115,14 @@ class Hold:
     async def write(
         self, transition: Transition, *, planned: bool = True, whole: bool = False, slot: Slot | None = None
     ) -> Hold | None:
-        """Write and commit. Nothing is held afterwards, whatever comes of it.
+        """Write and commit. Nothing is held afterwards, whatever comes of it, but for InboxNews.
 
         `planned`: what lies in the inbox was planned with, and is no reason any more to wake the run. `whole`: only if
-        nothing came to the inbox since it was read; else InboxNews is raised. `slot`: the job's, which is over: if
-        somebody waits for one, the run for which that is may be locked in the same flush, and passed on with the slot.
+        nothing came to the inbox since it was read; else InboxNews is raised, and the run is held as before. `slot`:
+        the job's, which is over: if somebody waits for one, the run for which that is may be locked in the same flush,
+        and passed on with the slot.
         """
-        desk, passed_on = self._desk, False
+        desk, passed_on, refused = self._desk, False, False
         heir = slot.heir() if slot is not None and not self.lent and not transition.replies else None
         try:
             desk.at(Point.BEFORE_COMMIT, self.view)
@@ -139,10 +140,14 @@ class Hold:
             )
             self._keep_body(transition, applied.entries)
             passed_on = heir is not None and following is not None and self._pass_on(heir, following)
+        except InboxNews:
+            refused = True
+            raise
         finally:
             if heir is not None and not passed_on:
                 heir.put_back()
-            await self._give_back(connection=not passed_on)
+            if not refused:
+                await self._give_back(connection=not passed_on)
         desk.written(transition)
         if transition.next is not None:
             desk.fetch()

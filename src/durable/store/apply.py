@@ -21,8 +21,8 @@ from durable.define.payload import canonical_hash
 from durable.store import codec, deliveries
 from durable.store.connection import Connection
 from durable.store.db import Store
-from durable.store.errors import InternalError, translated
-from durable.store.flush import Answer, Flush
+from durable.store.errors import InboxNews, InternalError, translate, translated
+from durable.store.flush import Answer, Flush, send
 from durable.store.inbox import load_inbox
 from durable.store.jobs import queue_continuation
 from durable.store.runs import (
@@ -85,14 +85,14 @@ async def apply_and_commit(
 ) -> tuple[Applied, Locked | None]:
     """`apply` and COMMIT in one flush: the end of a burst. Who waits for the run's end, or for a reply, is told behind
     the commit. Raises, with no transaction left open, if it was not committed. `whole`: only if nothing else lies in
-    the inbox: else InboxNews is raised. `following`: another run to be locked behind the commit, if nobody holds it;
-    then that transaction is open."""
+    the inbox: else InboxNews is raised, and the transaction stands where it stood before, with all its locks.
+    `following`: another run to be locked behind the commit, if nobody holds it; then that transaction is open."""
     commit, locking = Answer(), None
     applied, locked = Applied(()), None
     try:
         flush = Flush(connection)
         if whole is not None:
-            flush.add(db.sql.unchanged, {"run": transition.after.id, "seqs": [message.seq for message in whole]})
+            _queue_guard(db, flush, transition.after, whole)
         applied = _queue(db, flush, transition, inbox, journal)
         _queue_next(db, flush, transition, quiet=quiet)
         ends = db.sql.commit if following is None else db.sql.commit_and_begin
@@ -108,6 +108,9 @@ async def apply_and_commit(
         if locking is not None and (locked := read_lock(db, *locking)) is None:
             await let_go(db, connection)
     except BaseException as error:
+        if isinstance(error, psycopg.Error) and isinstance(news := translate(error), InboxNews):
+            await send(connection, db.sql.back_to_savepoint)
+            raise news from error
         await abandon(connection)
         if commit.tag != "COMMIT" or not isinstance(error, psycopg.Error):
             with translated():
@@ -115,6 +118,14 @@ async def apply_and_commit(
         log.warning("run %s: it is written, but not what was to follow in that flush: %s", transition.after.id, error)
         locked = None
     return applied, locked
+
+
+def _queue_guard(db: Store, flush: Flush, run: Run, inbox: Iterable[Message]) -> None:
+    """Refuse what follows if anything else lies in the inbox. The savepoint keeps the row locked then: whoever waits
+    for it would else have it before the outcome that was about to be written."""
+    flush.add(db.sql.savepoint)
+    flush.add(db.sql.unchanged, {"run": run.id, "seqs": [message.seq for message in inbox]})
+    flush.add(db.sql.release)  # what is written has the transaction's own id, and not another one
 
 
 async def apply_and_relock(

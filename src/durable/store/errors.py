@@ -24,7 +24,7 @@ class JournalConflict(DurableError):
 
 
 class InboxNews(DurableError):
-    """A message came to the run while its end was decided. Nothing was written."""
+    """A message came to the run while its end was decided. Nothing was written, and the row is still locked."""
 
 
 class InternalError(AssertionError):

@@ -85,6 +85,10 @@ select {MESSAGE_COLUMNS} from {{schema}}.inbox where run_id = %(run)s and state 
 select {ENTRY_COLUMNS} from {{schema}}.journal where run_id = %(run)s order by seq
 """)
 
+    savepoint = statement("savepoint locked")
+    release = statement("release locked")
+    back_to_savepoint = statement("rollback to locked")
+
     unchanged = statement("""
 -- nothing lies in the inbox but what was seen
 select {schema}.refuse('inbox_news', 'run ' || %(run)s::uuid || ': something came to its inbox meanwhile')
