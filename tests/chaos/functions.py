@@ -13,6 +13,7 @@ from tests.chaos.workflows import (
     CHILD,
     Ctx,
     ask,
+    begin_disaster,
     flaky,
     kill_own_worker,
     late_failure,
@@ -20,7 +21,7 @@ from tests.chaos.workflows import (
     patient,
     slowly,
     tell,
-    unhurried,
+    until_disaster,
     write,
     write_late,
     write_late_sync,
@@ -94,7 +95,7 @@ async def script(ctx: Context, given: Given) -> list[Any]:
     await ctx.step(write_late, name="late", compensate=unwrite)
     await ctx.step(write_late_sync, name="late-sync", compensate=unwrite_sync)
     await ctx.step(flaky, name="flaky", compensate=unwrite)
-    await ctx.step(write_late, name="long", transactional=True, compensate=unwrite)
+    await ctx.step(write, name="long", transactional=True, compensate=unwrite)
     await ctx.step(note, name="claimed", transactional=False, compensate=unnote)
     await ctx.step(note, name="cheap", ephemeral=True)
     rounds = await ctx.block("rounds", there_and_back)
@@ -219,12 +220,14 @@ async def killing(ctx: Context, given: Given) -> str:
 @workflow(name="blocking")
 async def blocking(ctx: Context, given: Given) -> None:
     await ctx.step(write, name="before")
+    begin_disaster()
     time.sleep(1_000)  # noqa: ASYNC251 - the mistake that is tested
 
 
 @workflow(name="spinning")
 async def spinning(ctx: Context, given: Given) -> None:
     await ctx.step(write, name="before")
+    begin_disaster()
     while True:
         pass
 
@@ -232,7 +235,7 @@ async def spinning(ctx: Context, given: Given) -> None:
 @workflow(name="neighbour")
 async def neighbour(ctx: Context, given: Given) -> None:
     await ctx.step(note, name="first")
-    await ctx.join("both", {name: lambda c: c.step(unhurried, name="second") for name in ("a", "b")})
+    await ctx.join("both", {name: lambda c: c.step(until_disaster, name="second") for name in ("a", "b")})
     await ctx.step(write, name="third")
 
 

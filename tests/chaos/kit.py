@@ -149,6 +149,11 @@ class Stage:
 
     # -- workers
 
+    @property
+    def detaches_soon(self) -> bool:
+        """Whether handlers that wait until they are detached take no time to speak of."""
+        return float(self.defaults.get("detach_after", 0.0)) < 1
+
     def worker(self, **settings: Any) -> WorkerProcess:
         """Start one; it may not have registered yet."""
         given = {"dsn": self.dsn, "folder": str(self.folder)} | self.defaults | settings

@@ -158,10 +158,11 @@ def storm(stage: Stage, cell: Cell, *, kills: int, survivors: int = 1) -> int:
     point, what = cell
     runs = {}
     fails, names = _alternating(what), itertools.cycle(workflows_of(what))
+    slow = what if point in DETACHED and stage.detaches_soon else ""
     first: Cell = (Point.AFTER_LOCK, what) if point is Point.IN_SWEEP else cell
     while stage.kills()[point, what] < kills:
         fail = next(fails)
-        runs[stage.start(next(names), slow=what if point in DETACHED else "", fail=fail)] = fail
+        runs[stage.start(next(names), slow=slow, fail=fail)] = fail
         nth = 1 if kills == 1 else random.randint(1, 3)
         doomed = stage.worker(kill=first, nth=1 if point is Point.IN_SWEEP else nth, max_crashes=1_000)
         stage.until(lambda doomed=doomed: _hit(stage, doomed) or _over(stage), f"killed at {first}")  # type: ignore[misc]

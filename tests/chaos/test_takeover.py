@@ -112,7 +112,7 @@ def test_killer_step_fails_and_its_neighbours_complete(stage: Stage, measured: M
 def test_sigterm_lets_steps_end_then_hands_them_back_uncounted(stage: Stage) -> None:
     ending = stage.registered(stage.worker(grace=1.0))
     holding = [stage.start(name) for name in ("holding", "holding-sync", "holding-attached")]
-    short = stage.start("innocent")
+    short = stage.start("brief")
     stage.until(lambda: all(stage.noted(run, "hold") for run in holding), "the long steps run")
     stage.until(lambda: stage.noted(short, "second"), "the short step runs")
     ending.send(signal.SIGTERM)

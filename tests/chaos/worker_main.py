@@ -68,6 +68,7 @@ class Killer:
         self._hits = os.open(Path(settings.folder) / "hits", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def __call__(self, point: Point, view: View | None) -> None:
+        workflows.witness(point, view)
         what = executing(view)
         if (point, what) not in self._seen:
             self._seen.add((point, what))
@@ -99,7 +100,12 @@ async def work(settings: Settings) -> None:
         dedicated=settings.patience is not None,
         at=Killer(settings),
     )
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+
+    def end() -> None:
+        worker.stop()
+        workflows.witness.told_to_end.set()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
     try:
         await worker.run()
     finally:

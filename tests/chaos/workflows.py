@@ -3,7 +3,7 @@
 Effects in the database (`write`) go through the step's own transaction into a table without any unique key: doubles are
 seen. Effects outside of it (`note`) are lines appended to a file, which survive whatever happens to the process.
 Input: {"slow": kind, "fail": bool}. The handlers of nodes of that kind (``undo``: compensators; ``-``: what comes after
-the last node; ``all``) take their time, and are detached by a worker with a small `detach_after`.
+the last node; ``all``) go on only when they have been detached.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
+from tests.chaos.witness import Witness
 
 from durable.define.builder import Builder, define
 from durable.define.options import branch, step
@@ -27,14 +28,13 @@ from durable.values import Suspend
 
 Ctx = StepContext[Any]
 
-SLOW: Final = 0.09
-"""Seconds that a slow handler takes."""
-
 patient = step(retry=Retry(max_attempts=None, initial=0.01, maximum=0.1))
 """A step whose transaction is lost with its connection has failed: here that may happen any number of times."""
 
 folder = Path()
 """Where notes go; set by the worker's process."""
+witness = Witness()
+"""What the engine of this process has done."""
 
 SCHEMA: Final = """
 create schema app;
@@ -42,6 +42,7 @@ create table app.effects (
   id bigint generated always as identity, run_id uuid not null, step text not null, attempt int not null, pid int
 );
 """
+_DELIVERED: Final = text("select 1 from durable.inbox where run_id = :run and name = 'gate' and state <> 'new'")
 _WRITE: Final = text("insert into app.effects (run_id, step, attempt, pid) values (:run, :step, :attempt, :pid)")
 
 
@@ -59,9 +60,9 @@ def tell(ctx: Ctx) -> None:
         os.close(file)
 
 
-def seconds(ctx: Ctx) -> float:
-    """How long this handler is to take."""
-    return SLOW if ctx.input["slow"] in ("all", kind_of(ctx.step_id)) else 0.0
+def is_slow(ctx: Ctx) -> bool:
+    """Whether this handler is to be detached."""
+    return ctx.input["slow"] in ("all", kind_of(ctx.step_id))
 
 
 def kind_of(step_id: str) -> str:
@@ -75,8 +76,22 @@ def kind_of(step_id: str) -> str:
 
 
 async def slowly(ctx: Ctx) -> None:
-    if pause := seconds(ctx):
-        await asyncio.sleep(pause)
+    if is_slow(ctx):
+        await be_detached(ctx)
+
+
+def slowly_sync(ctx: Ctx) -> None:
+    if is_slow(ctx):
+        detached = witness.detached(ctx.run_id)
+        while not detached.wait(0.01) and not ctx.cancelled:
+            pass
+
+
+async def be_detached(ctx: Ctx) -> None:
+    """Wait until the run is claimed, and its row free."""
+    detached = witness.detached(ctx.run_id)
+    while not detached.is_set():
+        await asyncio.sleep(0.005)
 
 
 # ---------------------------------------------------------------- handlers
@@ -105,7 +120,7 @@ async def write_late(ctx: Ctx) -> str:
 
 @patient
 def write_late_sync(ctx: Ctx) -> str:
-    time.sleep(seconds(ctx))
+    slowly_sync(ctx)
     return write_sync(ctx)
 
 
@@ -124,7 +139,7 @@ async def undo_claimed(ctx: Ctx) -> None:
 @patient
 def note_sync(ctx: Ctx) -> str:
     tell(ctx)
-    time.sleep(seconds(ctx))
+    slowly_sync(ctx)
     return ctx.step_id
 
 
@@ -190,8 +205,14 @@ async def summary(ctx: Ctx) -> list[str]:
     return sorted(ctx.results)
 
 
+def begin_disaster() -> None:
+    """Who is in flight beside what takes the worker down waits for this."""
+    (folder / "disaster").touch()
+
+
 async def kill_own_worker(ctx: Ctx) -> None:
     tell(ctx)
+    begin_disaster()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -221,18 +242,38 @@ async def hold_attached(ctx: Ctx) -> str:
 
 @patient
 async def hold_row(ctx: Ctx) -> str:
-    """Keeps the row locked for longer than a doorbell waits for it."""
+    """Keeps the row locked until a doorbell has given up; if the signal was not delivered before it was locked."""
     await write(ctx)
     tell(ctx)
-    await asyncio.sleep(1.6)
+    conn: AsyncConnection = await ctx.async_connection()
+    gave_up = witness.gave_up
+    while witness.gave_up == gave_up and not (await conn.execute(_DELIVERED, {"run": ctx.run_id})).first():
+        await asyncio.sleep(0.01)
     return ctx.step_id
 
 
 @patient
 async def unhurried(ctx: Ctx) -> str:
-    """Detached in every worker of the suite; its effect is written when it has been."""
+    """Its effect is written when it has been detached."""
     tell(ctx)
-    await asyncio.sleep(0.4)
+    await be_detached(ctx)
+    return await write(ctx)
+
+
+@patient
+async def until_disaster(ctx: Ctx) -> str:
+    """In flight when a worker is taken down for the first time."""
+    while not (folder / "disaster").exists():
+        await asyncio.sleep(0.005)
+    return await write(ctx)
+
+
+@patient
+async def until_told_to_end(ctx: Ctx) -> str:
+    """In flight when its worker is told to end."""
+    tell(ctx)
+    while not witness.told_to_end.is_set():
+        await asyncio.sleep(0.005)
     return await write(ctx)
 
 
@@ -254,7 +295,7 @@ EVERYTHING: Final = (
     .step("late", write_late, compensate=write_late)
     .step("late-sync", write_late_sync, compensate=write_late_sync)
     .step("flaky", flaky, compensate=flaky)
-    .step("long", write_late, transactional=True, compensate=write)
+    .step("long", write, transactional=True, compensate=write)
     .step("claimed", note, transactional=False, compensate=undo_claimed)
     .parallel(
         "fork", {"tx": branch(write, compensate=write), "note": branch(note, compensate=note), "sync": write_sync}
@@ -273,6 +314,7 @@ ONCE: Final = (
     define("once").step("before", write, compensate=write).step("once", note, at_most_once=True).step("after", write)
 )
 KILLER: Final = define("killer").step("before", write, compensate=write).step("kill", kill_own_worker)
+BRIEF: Final = define("brief").step("first", note).step("second", until_told_to_end).step("third", write)
 INNOCENT: Final = define("innocent").step("first", note).step("second", unhurried).step("third", write)
 HOLDING: Final = define("holding").step("hold", hold_on).step("after", write)
 HOLDING_SYNC: Final = define("holding-sync").step("hold", hold_on_sync).step("after", write)
@@ -289,6 +331,7 @@ ALL: Final[tuple[Builder[Any], ...]] = (
     EVERYTHING,
     ONCE,
     KILLER,
+    BRIEF,
     INNOCENT,
     HOLDING,
     HOLDING_SYNC,
