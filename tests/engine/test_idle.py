@@ -18,6 +18,7 @@ from durable import StatusChange, define
 from durable.engine import loops as module
 from durable.engine import recover
 from durable.engine.loops import Loops
+from durable.engine.points import Point
 from durable.store.flush import Flush
 
 WAITS: Final = define("waits").wait_for_signal("s", "go")
@@ -170,6 +171,45 @@ async def test_a_timer_that_another_process_set_gets_an_alarm(dsn: str, facts: F
         await clock.tick()
         assert facts.tasks(run) == []
         await until(lambda: facts.tasks(run) == ["durable.advance"], "it is due, without another tick")
+
+
+async def test_what_falls_due_while_others_are_put_back_is_not_passed_by(
+    dsn: str, facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_back = recover.put_back_due
+
+    async def slowly(desk: Any) -> int:
+        count = await put_back(desk)
+        facts.execute("update durable.runs set wake_at = durable.engine_now() where id = %s", late.id)
+        monkeypatch.setattr(recover, "put_back_due", put_back)
+        return count
+
+    async with working(dsn, WAITS) as b, clockwork(b) as clock:
+        late = await b.app.start("waits", delay=1_000)
+        run = await b.app.start("waits", delay=0.3)
+        await clock.tick()
+        monkeypatch.setattr(recover, "put_back_due", slowly)
+        await until(lambda: facts.tasks(run) == ["durable.advance"], "it is due")
+        await until(lambda: facts.tasks(late) == ["durable.advance"], "it was due a moment later, without another tick")
+
+
+@pytest.mark.parametrize("news", [False, True])
+async def test_what_falls_due_while_its_row_is_held_is_not_passed_by(dsn: str, facts: Facts, news: bool) -> None:
+    """Who puts back what is due does not wait for rows; who held one sets the alarm again."""
+    async with working(dsn, define("w").sleep("s", 1_000)) as b, clockwork(b):
+        run = await b.app.start("w")
+        await b.drain()
+        if news:
+            await run.signal("unasked", 1)
+            facts.execute("delete from durable.procrastinate_jobs")
+
+        def time_passes() -> None:
+            facts.execute("update durable.clock set ahead = '2000 s'")
+            b.engine.heard(facts.value("select durable.engine_now()"))
+
+        b.points.on(Point.AFTER_LOCK if news else Point.BEFORE_LOCK, time_passes)
+        await b.deliver(run)
+        await until(lambda: facts.tasks(run) == ["durable.advance"], "it is due, without a tick")
 
 
 async def test_a_tick_takes_over_from_the_dead(dsn: str, facts: Facts) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -787,13 +787,15 @@ async def test_what_is_asked_during_the_last_step_of_a_function_is_not_overlooke
 
 
 def holding(calls: list[str], name: str, end: Held, *, lent: bool = False) -> Any:
-    """A handler that ends when `end` is told to go on."""
+    """A handler that ends when `end` is told to go on, and not before: also if a cancel interrupts it."""
 
     async def handler(ctx: Ctx) -> str:
         if lent:
             _ = await ctx.async_connection()
         calls.append(name)
-        await end(ctx)
+        while not end.go_on.is_set():
+            with suppress(asyncio.CancelledError):
+                await end(ctx)
         return name
 
     return handler

@@ -168,7 +168,7 @@ SWEEPS: Final[dict[str, tuple[dict[str, Any], int]]] = {
     "claims_of": ({"ids": [1, 2]}, 100),
     "forget": ({"ids": [1, 2]}, 100),
     "enqueue_due": ({"limit": 20}, 120),
-    "next_wake": ({}, 5),
+    "next_wake": ({"since": NOW}, 5),
     "unread": ({"limit": 20}, 100),
     "settle": ({"limit": 20}, 100),
     "ring": ({"id": LAST}, 5),

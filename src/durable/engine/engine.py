@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from durable.core.state import Claim
+from durable.core.state import Claim, Run
 from durable.core.transition import Purpose, Transition
 from durable.define.registry import Registry
 from durable.engine.bodies import Bodies
@@ -217,6 +217,11 @@ class Engine(Desk):
             return
         if wake_at - self.now() < ALARM_HORIZON:
             self.alarms.put_nowait(wake_at)
+
+    def left(self, run: Run) -> None:
+        """A run was locked and let go of as it was. If it fell due meanwhile, what puts back the due passed it by."""
+        if run.wake_at is not None and run.wake_at <= self.now():
+            self.alarms.put_nowait(run.wake_at)
 
     def nap(self, transition: Transition) -> float | None:
         """Seconds until a run that was just parked goes on, if that is so soon that its worker waits for it."""

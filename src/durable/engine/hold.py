@@ -217,6 +217,7 @@ class Hold:
             self._keep_body_as_it_is()
         finally:
             await self._give_back()
+        self._desk.left(self.view.run)
         return None
 
     async def drop(self) -> None:
@@ -226,6 +227,7 @@ class Hold:
             self._keep_body_as_it_is()
         finally:
             await self._give_back()
+        self._desk.left(self.view.run)
 
     async def discard(self) -> None:
         """The transaction is not ours any more, or must not go on: the connection is closed. Nothing, if it is over."""

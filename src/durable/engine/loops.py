@@ -124,13 +124,15 @@ class Loops:
         """What is due is put back: at the time of each alarm that this process set itself, and when a look finds it."""
         while True:
             await self._until_alarm()
-            await self._survive("timers", lambda: recover.put_back_due(self._engine))
-            await self._survive("timers", self._set_next_alarm)
+            await self._survive("timers", self._ring)
 
-    async def _set_next_alarm(self) -> None:
+    async def _ring(self) -> None:
+        """Put back what is due, and set the alarm for what follows: also for what fell due while that was done."""
         engine = self._engine
+        began = engine.now()
+        await recover.put_back_due(engine)
         async with engine.pool.connection() as connection:
-            soonest = await queries.next_wake(engine.store, connection)
+            soonest = await queries.next_wake(engine.store, connection, began)
         if soonest is not None:
             self._set_alarm(soonest)
 

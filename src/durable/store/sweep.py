@@ -231,7 +231,7 @@ select count(*) from r, {_PUT_BACK} as put_back
 
     next_wake = statement("""
 -- when the next one is due
-select min(wake_at) from {schema}.runs where wake_at > (select {schema}.engine_now())
+select min(wake_at) from {schema}.runs where wake_at > %(since)s
 """)
 
     unread = statement(f"""
@@ -587,9 +587,9 @@ async def enqueue_due(db: Store, connection: Connection, limit: int = 100) -> in
     return int(await _value(db, connection, "enqueue_due", limit=limit))
 
 
-async def next_wake(db: Store, connection: Connection) -> datetime | None:
-    """The earliest time to come at which a run is due, on the engine's clock."""
-    when: datetime | None = await _value(db, connection, "next_wake")
+async def next_wake(db: Store, connection: Connection, since: datetime) -> datetime | None:
+    """The earliest time after `since` at which a run is due, on the engine's clock."""
+    when: datetime | None = await _value(db, connection, "next_wake", since=since)
     return when
 
 
