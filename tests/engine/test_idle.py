@@ -28,6 +28,7 @@ PUT_BACK: Final = "-- give them their continuations"
 OF_THE_OTHERS: Final = {
     "select 1",  # liveness
     "-- finish jobs that were performed, and fetch others",
+    "",  # procrastinate's pool looks whether a connection is alive, before the heartbeat
     "SELECT procrastinate_update_heartbeat_v1(%(worker_id)s)",
 }
 
