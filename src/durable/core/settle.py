@@ -82,9 +82,12 @@ def step_ended(view: View, now: datetime, limits: Limits, call: Call, entry: Ent
         return move(view, now, Status.RUNNING, frame=frame, claim=None)
     passed = _with_entry(view, entry)
     decided = plan(passed, now, limits)
-    if not isinstance(decided, Transition):
-        decided = move(passed, now, Status.RUNNING)
-    return decided.of_row(view.run)
+    if isinstance(decided, Transition):
+        return decided.of_row(view.run)
+    going_on = move(passed, now, Status.RUNNING)
+    if isinstance(decided, Call):
+        view.body.ready = (going_on.after.revision, decided)
+    return going_on.of_row(view.run)
 
 
 def _with_entry(view: View, entry: Entry) -> View:

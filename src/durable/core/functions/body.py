@@ -28,6 +28,7 @@ from durable.values import Rollback, WaitingFor
 
 if TYPE_CHECKING:
     from durable.core.functions.context import Context
+    from durable.core.transition import Call
 
 SUSPECT: Final = "run:body"
 """In the frame: a worker died, and it is not known yet whether by the body or by the step that it was at."""
@@ -86,6 +87,9 @@ class Body:
         self.iterations = 0  # that have ended in this drive
         self.unwritten: dict[str, Entry] = {}  # derived
         self.deferred: dict[str, Entry] = {}  # of steps: ephemeral ones, and the one that has just ended
+        self.ready: tuple[int, Call] | None = (
+            None  # what follows at a revision, unless a message comes
+        )
         self.stale = False  # the journal will not only grow: this body is of no further use
         self.pruning: set[str] = set()
         self.lost: list[str] = []  # branches that lost a race: what is left of them is to be ended

@@ -71,6 +71,10 @@ def with_body(view: View) -> View:
 def forward(view: View, now: datetime, limits: Limits, running: frozenset[str], *, canceling: bool = False) -> Decision:
     """What the run does next."""
     view = with_body(view)
+    assert view.body is not None
+    ready, view.body.ready = view.body.ready, None
+    if ready is not None and ready[0] == view.run.revision and not view.inbox and not canceling:
+        return ready[1]
     suspect = view.run.frame.get(SUSPECT)
     if suspect is None:
         return Planning(view, now, limits, running, canceling=canceling).decide()
