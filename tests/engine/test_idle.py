@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import psycopg
@@ -17,6 +18,7 @@ from tests.engine.kit import Bench, Facts, an_app, until, working
 from durable import StatusChange, define
 from durable.engine import loops as module
 from durable.engine import recover
+from durable.engine.hold import take
 from durable.engine.loops import Loops
 from durable.engine.points import Point
 from durable.store.flush import Flush
@@ -211,6 +213,25 @@ async def test_what_falls_due_while_its_row_is_held_is_not_passed_by(dsn: str, f
         b.points.on(Point.AFTER_LOCK if news else Point.BEFORE_LOCK, time_passes)
         await b.deliver(run)
         await until(lambda: facts.tasks(run) == ["durable.advance"], "it is due, without a tick")
+
+
+async def test_what_was_due_when_there_was_nothing_to_do_is_left_to_the_next_look(dsn: str) -> None:
+    """Else a run for which there is nothing to do though it is due would be taken up without a pause."""
+    second = timedelta(seconds=1)
+    async with working(dsn, define("w").sleep("s", 1_000)) as b:
+        run = await b.app.start("w")
+        await b.drain()
+        await b.skip(seconds=2_000)
+        hold = await take(b.engine, run.id)
+        assert hold is not None
+        due = hold.view.run.wake_at
+        assert due is not None
+        await hold.discard()
+        b.engine.alarms = asyncio.Queue()
+        b.engine.left(hold.view.run, due + second)
+        assert b.engine.alarms.empty()
+        b.engine.left(hold.view.run, due - second)
+        assert b.engine.alarms.get_nowait() == due
 
 
 async def test_a_tick_takes_over_from_the_dead(dsn: str, facts: Facts) -> None:

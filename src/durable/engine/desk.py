@@ -94,8 +94,8 @@ class Desk:
     def written(self, transition: Transition) -> None:
         """A transition was committed. An engine has something to do then."""
 
-    def left(self, run: Run) -> None:
-        """A run was locked and let go of as it was. An engine looks whether it fell due meanwhile."""
+    def left(self, run: Run, planned: datetime | None = None) -> None:
+        """A run was locked and let go of as it was. An engine looks whether it is due."""
 
     async def enqueue(self, transition: Transition) -> None:
         """The continuation that `transition` should have had; its run could not be locked again after it."""

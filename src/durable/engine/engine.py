@@ -218,9 +218,10 @@ class Engine(Desk):
         if wake_at - self.now() < ALARM_HORIZON:
             self.alarms.put_nowait(wake_at)
 
-    def left(self, run: Run) -> None:
-        """A run was locked and let go of as it was. If it fell due meanwhile, what puts back the due passed it by."""
-        if run.wake_at is not None and run.wake_at <= self.now():
+    def left(self, run: Run, planned: datetime | None = None) -> None:
+        """A run was locked and let go of as it was. If it is due, what puts back the due may have passed it by.
+        `planned`: when it was decided that there is nothing to do; what was due by then has had its turn."""
+        if run.wake_at is not None and run.wake_at <= self.now() and (planned is None or planned < run.wake_at):
             self.alarms.put_nowait(run.wake_at)
 
     def nap(self, transition: Transition) -> float | None:

@@ -217,7 +217,7 @@ class Hold:
             self._keep_body_as_it_is()
         finally:
             await self._give_back()
-        self._desk.left(self.view.run)
+        self._desk.left(self.view.run, self.locked_at)
         return None
 
     async def drop(self) -> None:
