@@ -87,9 +87,7 @@ class Body:
         self.iterations = 0  # that have ended in this drive
         self.unwritten: dict[str, Entry] = {}  # derived
         self.deferred: dict[str, Entry] = {}  # of steps: ephemeral ones, and the one that has just ended
-        self.ready: tuple[int, Call] | None = (
-            None  # what follows at a revision, unless a message comes
-        )
+        self.ready: tuple[int, Call] | None = None  # what follows at a revision, unless a message comes
         self.stale = False  # the journal will not only grow: this body is of no further use
         self.pruning: set[str] = set()
         self.lost: list[str] = []  # branches that lost a race: what is left of them is to be ended
