@@ -7,7 +7,6 @@ waits for facts: a row, a session that waits for a lock, an event that a handler
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -802,13 +801,11 @@ def holding(calls: list[str], name: str, end: Held, *, lent: bool = False) -> An
     return handler
 
 
-async def ask_and_wait_for_the_row(
-    bench: Bench, facts: Facts, run: Any, asked: str, end: Held, *, compensate: bool = True
-) -> None:
+async def ask_and_wait_for_the_row(bench: Bench, facts: Facts, run: Any, asked: str, end: Held) -> None:
     """Take the run up; ask while its step runs; let the step end when a doorbell waits for the row."""
     (job,) = await bench.start_jobs()
     await until(lambda: end.began)
-    body = json.dumps({"compensate": compensate}) if asked == "cancel" else "1"
+    body = '{"compensate": true}' if asked == "cancel" else "1"
     assert facts.value("select durable.send_message(%s, %s, 'go', %s)", run.id, asked, body) == "sent"
     doorbell = bench.deliver(run)
     await until(lambda: facts.blocked() == 1)
@@ -823,7 +820,7 @@ async def test_who_waits_for_the_row_has_it_after_the_outcome_of_the_last_step(
     dsn: str, facts: Facts, asked: str, lent: bool
 ) -> None:
     """The end is refused under the lock. A doorbell that waits for that would else move the run on, and what the
-    handler did would be done twice, or never undone."""
+    handler did would be done twice, or never undone. All other steps: ``test_requests_anywhere.py``."""
     calls: list[str] = []
     end = Held()
     flow = define("w").step("a", holding(calls, "a", end, lent=lent), compensate=count(calls, "undo"))
@@ -838,76 +835,6 @@ async def test_who_waits_for_the_row_has_it_after_the_outcome_of_the_last_step(
             assert await run.result(timeout=10) == {"a": "a"}
         assert calls == (["a", "undo"] if asked == "cancel" else ["a"])
         assert facts.attempts(run) == []
-        facts.check_rest()
-
-
-@pytest.mark.parametrize("lent", [False, True])
-@pytest.mark.parametrize("asked", ["cancel", "pause", "signal"])
-async def test_who_waits_for_the_row_has_it_after_the_outcome_of_a_step(
-    dsn: str, facts: Facts, asked: str, lent: bool
-) -> None:
-    calls: list[str] = []
-    end = Held()
-    flow = define("w").step("a", holding(calls, "a", end, lent=lent), compensate=count(calls, "undo"))
-    async with working(dsn, flow.step("b", count(calls, "b"))) as bench:
-        run = await bench.app.start("w")
-        await ask_and_wait_for_the_row(bench, facts, run, asked, end)
-        expected = {"cancel": "canceled", "pause": "paused", "signal": "completed"}[asked]
-        assert facts.run(run)["status"] == expected
-        if asked == "pause":
-            assert calls == ["a"]
-            assert await run.resume()
-            await bench.drain()
-        assert calls == (["a", "undo"] if asked == "cancel" else ["a", "b"])
-        assert facts.attempts(run) == []
-        facts.check_rest()
-
-
-@pytest.mark.parametrize("lent", [False, True])
-@pytest.mark.parametrize("asked", ["cancel", "signal"])
-async def test_who_waits_for_the_row_has_it_after_the_last_compensator(
-    dsn: str, facts: Facts, asked: str, lent: bool
-) -> None:
-    calls: list[str] = []
-    end = Held()
-    undo = holding(calls, "undo", end, lent=lent)
-    flow = define("w").step("a", count(calls, "a"), compensate=undo).wait_for_signal("s", "never")
-    async with working(dsn, flow) as bench:
-        run = await bench.app.start("w")
-        await bench.drain()
-        assert await run.cancel(reason="first", compensate=True)
-        await ask_and_wait_for_the_row(bench, facts, run, asked, end, compensate=False)
-        assert facts.run(run)["status"] == "canceled"
-        assert (calls, facts.journal(run)) == (["a", "undo"], ["a", "undo:a"])
-        facts.check_rest()
-
-
-@pytest.mark.parametrize("asked", ["cancel", "pause"])
-async def test_who_waits_for_the_row_has_it_after_the_outcome_of_the_last_step_of_a_function(
-    dsn: str, facts: Facts, asked: str
-) -> None:
-    calls: list[str] = []
-    end = Held()
-
-    async def undo(output: str) -> None:
-        calls.append(f"undo {output}")
-
-    @workflow
-    async def short(ctx: Context) -> list[str]:
-        first = await ctx.step(count(calls, "first"), name="first", ephemeral=True)
-        last = await ctx.step(holding(calls, "last", end), name="last", compensate=undo)
-        await ctx.sleep(0)
-        return [first, last]
-
-    async with working(dsn, short) as bench:
-        run = await bench.app.start(short)
-        await ask_and_wait_for_the_row(bench, facts, run, asked, end)
-        assert facts.run(run)["status"] == ("canceled" if asked == "cancel" else "paused")
-        if asked == "pause":
-            assert await run.resume()
-            await bench.drain()
-            assert await run.result(timeout=10) == ["first", "last"]
-        assert calls == (["first", "last", "undo last"] if asked == "cancel" else ["first", "last"])
         facts.check_rest()
 
 
