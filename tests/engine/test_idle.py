@@ -128,9 +128,9 @@ async def test_an_idle_worker_says_nothing_but_its_looks(
 ) -> None:
     monkeypatch.setattr(module, "TICK", 0.001)
     async with an_app(dsn, WAITS) as app, app.worker():
-        await until(lambda: "LISTEN" in str(said) and LOOK in said, "the worker has begun")
+        await until(lambda: set(said[-100:]) - OF_THE_OTHERS == {LOOK}, "it has begun, and opened its connections")
         said.clear()
-        await until(lambda: said.count(LOOK) >= 50, "it looks")
+        await until(lambda: said.count(LOOK) >= 100, "it looks")
         told = set(said)
     assert told - OF_THE_OTHERS == {LOOK}
 
