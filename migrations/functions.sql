@@ -399,17 +399,6 @@ end
 $$;
 
 
--- Whether something lies in a run's inbox. Volatile: it has a snapshot of its own, which sees what was committed while its
--- caller's statement waited for the run's row.
-create function has_mail(p_run uuid) returns boolean
-language plpgsql volatile
-as $$
-begin
-  return exists (select from {schema}.inbox i where i.run_id = p_run and i.state <> 'taken');
-end
-$$;
-
-
 -- Ends the caller's transaction with a name that durable.store.errors knows: a guard that also works in the middle of a
 -- pipeline, where nobody reads a result before COMMIT is on its way. Never returns; a uuid, to stand for a run's id.
 create function refuse(p_constraint text, p_message text) returns uuid

@@ -252,7 +252,7 @@ end $drop$
 
 FUNCTIONS: Final = (
   "engine_now", "enqueue", "wake_workers", "chain_end", "sent_before", "start_run", "start_runs", "post_message",
-  "send_message", "forward_messages", "resume_wait", "step_root", "fork_run", "has_mail", "refuse", "check_run",
+  "send_message", "forward_messages", "resume_wait", "step_root", "fork_run", "refuse", "check_run",
   "check_entry",
 )  # fmt: skip
 

@@ -289,6 +289,26 @@ async def test_a_lock_that_fails_after_commit_does_not_repeat_the_step(dsn: str,
         facts.check_rest()
 
 
+async def test_who_has_to_wait_for_the_next_lock_sees_what_came_meanwhile(dsn: str, facts: Facts) -> None:
+    """Between COMMIT and the next lock somebody else has the row, and a pause comes: no further step begins."""
+    calls: list[str] = []
+    async with working(dsn, define("w").step("a", count(calls, "a")).step("b", count(calls, "b"))) as bench:
+        gate = Gate(bench.app, facts)
+        run = await bench.app.start("w")
+        bursting = bench.advance(run, 0)
+        await gate.wait()
+        with held(dsn, run.id):
+            gate.open()
+            await until(facts.blocked, "the burst waits for the row")
+            assert await run.pause()
+        await soon(bursting)
+        assert (calls, facts.run(run)["status"]) == (["a"], "paused")
+        assert await run.resume()
+        await bench.drain()
+        assert calls == ["a", "b"]
+        facts.check_rest()
+
+
 async def test_an_error_after_commit_is_no_error_of_the_step(dsn: str, facts: Facts) -> None:
     calls: list[str] = []
     async with working(dsn, define("w").step("a", count(calls, "a")).step("b", count(calls, "b"))) as bench:

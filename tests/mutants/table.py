@@ -46,8 +46,9 @@ MUTANTS: Final = (
     Mutant(
         "no row lock",
         (
-            Edit(SQL, "where id = %(run)s for update) run", "where id = %(run)s) run", times=2),
+            Edit(SQL, "where id = %(run)s for update) run", "where id = %(run)s) run"),
             Edit(SQL, "where id = %(run)s for update skip locked) run", "where id = %(run)s) run"),
+            Edit(SQL, "where id = %(run)s for update skip locked\n", "where id = %(run)s\n"),
         ),
         (f"{LAWS}::test_nobody_else_takes_a_run_while_its_step_executes",),
     ),

@@ -367,20 +367,19 @@ async def test_the_relock_reads_what_was_written(store: Store, connection: Conne
     assert advancing == [0]  # whoever has the lock needs no job
 
 
-async def test_a_lock_that_was_waited_for_knows_of_mail_that_came_meanwhile(
-    module_dsn: str, store: Store, connection: Connection, rival: Connection
-) -> None:
-    """Its statement began before that was committed."""
+async def test_the_relock_waits_for_nobody(store: Store, connection: Connection, rival: Connection) -> None:
+    """A lock that was waited for would be younger than what its statement sees of the inbox."""
     run = await running(store, connection)
-    await connection.execute("set lock_timeout = '30s'")
-    async with rival.transaction(), await Connection.connect(module_dsn, autocommit=True) as sender:
+
+    async def relock() -> Any:
+        return (await send(connection, store.sql.relock, {"run": run.id})).row
+
+    async with rival.transaction():
         await read(store, rival, run.id)  # FOR UPDATE
-        waiting = asyncio.create_task(send(connection, store.sql.relock, {"run": run.id}))
-        await asyncio.to_thread(wait_until_blocked, module_dsn, connection.info.backend_pid)
-        await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, "late"), sender)
-    row = (await waiting).row
-    assert row is not None
-    assert row[1] is True
+        assert await relock() is None
+    assert await relock() == (run.revision, False)
+    await operations.execute_async(operations.send(store, run.id, MessageKind.SIGNAL, "late"), rival)
+    assert await relock() == (run.revision, True)
     assert (await send(connection, store.sql.relock, {"run": uuid.uuid4()})).row is None
 
 

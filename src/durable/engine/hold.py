@@ -5,6 +5,7 @@ A hold is made by :func:`take`, and ends by writing a transition or by letting g
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -37,6 +38,8 @@ from durable.store.runs import Following, Locked, Mode, abandon, begin_and_lock,
 if TYPE_CHECKING:
     from durable.engine.desk import Desk
     from durable.engine.slots import Heir, Slot
+
+log = logging.getLogger(__name__)
 
 RESET: Final = (
     "reset session authorization; reset role; reset all; unlisten *; discard temp; select pg_advisory_unlock_all()"
@@ -167,7 +170,8 @@ class Hold:
         return True
 
     async def write_and_lock(self, transition: Transition) -> Hold | None:
-        """Write, commit, and lock again for the next step, in one flush. None: somebody else has the run now.
+        """Write, commit, and lock again for the next step, in one flush; or in two, if somebody holds the row just
+        then. None: somebody else has the run now.
 
         What is written enqueues no continuation; where the lock could not be had again, that is made up for here.
         """
@@ -188,6 +192,9 @@ class Hold:
             raise
         if committed.inbox is None:
             await self._give_back()
+            if committed.error is None:
+                return await self._take_again(transition)
+            log.warning("run %s: written, but not locked again: %s", transition.after.id, committed.error)
             await desk.enqueue(transition)
             return None
         self._over = True  # the connection goes on in the next hold

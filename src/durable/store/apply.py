@@ -136,8 +136,8 @@ async def apply_and_relock(
     *,
     journal: Container[str] | None = None,
 ) -> tuple[Applied, Committed]:
-    """`apply`, COMMIT, BEGIN, and the lock for the next step, in one flush: what a burst does between two steps. No job
-    is enqueued.
+    """`apply`, COMMIT, BEGIN, and the lock for the next step, if nobody holds it, in one flush: what a burst does
+    between two steps. No job is enqueued.
 
     Raises, with no transaction left open, only if the transition was not committed. The run is not read again: at the
     revision just written it is ``transition.after``; at another one somebody took over, and there is no lock. Nor is
@@ -161,13 +161,13 @@ async def apply_and_relock(
 
 async def _relocked(db: Store, connection: Connection, run: Run, row: Answer, messages: Answer | None) -> Committed:
     """`messages`: what lies in the inbox, if that was asked for; mostly nothing does."""
-    revision, has_mail = row.row or (None, False)
+    revision, mail = row.row or (None, False)
     if revision != run.revision:
         await let_go(db, connection)
         return Committed(None)
     if messages is not None:
         return Committed(messages_of(db, messages.rows))
-    return Committed(await load_inbox(db, connection, run.id) if has_mail else ())
+    return Committed(await load_inbox(db, connection, run.id) if mail else ())
 
 
 def _queue(

@@ -44,8 +44,8 @@ class Locked:
 
 @value(frozen=True, slots=True)
 class Committed:
-    """COMMIT went through. `inbox`: the untaken messages of the run, which is locked again. None: it could not be;
-    `error` says why, if there was one, and no transaction is open then."""
+    """COMMIT went through. `inbox`: the untaken messages of the run, which is locked again. None: it is not, because
+    somebody else has it, or because of `error`; no transaction is open then."""
 
     inbox: tuple[Message, ...] | None
     error: Exception | None = None

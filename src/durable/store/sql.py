@@ -65,9 +65,10 @@ from (select * from {{schema}}.runs where id = %(run)s for update skip locked) r
 """)
 
     relock = statement("""
--- lock a run that was just written: only another revision would have changed it; and whether its inbox is worth a look
-select revision, {schema}.has_mail(%(run)s)
-from (select revision from {schema}.runs where id = %(run)s for update) run
+-- lock a run that was just written, if nobody holds it: only another revision would have changed it; and whether its
+-- inbox is worth a look: nothing was waited for, so the lock is no younger than what this sees
+select revision, exists (select from {schema}.inbox where run_id = %(run)s and state <> 'taken')
+from {schema}.runs where id = %(run)s for update skip locked
 """)
 
     look = statement(f"""
