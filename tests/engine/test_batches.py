@@ -91,8 +91,8 @@ class Queue:
     async def finish(self, *jobs: Job) -> None:
         assert await self.manager.exchange(jobs, 0, [QUEUE]) == []
 
-    def worker(self, *, concurrency: int = 20, wait: bool = True, fetch_batch: int | None = None) -> LastingWorker:
-        return LastingWorker(self.app, queue=QUEUE, concurrency=concurrency, wait=wait, fetch_batch=fetch_batch)
+    def worker(self, *, concurrency: int = 20, wait: bool = True, **options: Any) -> LastingWorker:
+        return LastingWorker(self.app, queue=QUEUE, concurrency=concurrency, wait=wait, **options)
 
     @asynccontextmanager
     async def serving(self, **options: Any) -> AsyncIterator[LastingWorker]:
@@ -425,6 +425,47 @@ async def test_many_notifications_during_a_fetch_are_one_more_look(
         await until(lambda: len(queue.exchanges) == 2)
         await idle_loop()
         assert queue.exchanges == [([], 2, [])] * 2
+
+
+async def test_jobs_that_end_while_there_is_plenty_to_do_share_a_statement(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "GATHERING", 3600.0)
+    turns, over, spare = asyncio.Semaphore(0), list[int](), serving.PLENTY
+
+    async def in_turn() -> None:
+        await turns.acquire()
+        over.append(1)
+
+    queue.app.task(name="in turn")(in_turn)
+    for _ in range(6):
+        queue.put("in turn")
+    async with queue.serving(spare=lambda: spare):
+        await until(lambda: queue.in_hand() == 6)
+        before = len(queue.exchanges)
+        for number in (1, 2, 3):
+            turns.release()
+            await until(lambda: len(over) == number)  # noqa: B023 (awaited here)
+        spare -= 1
+        turns.release()
+        await until(lambda: len(queue.statuses()) == 2)
+        assert [len(performed) for performed, _, _ in queue.exchanges[before:]] == [4]
+        for _ in range(2):
+            turns.release()
+
+
+async def test_a_job_that_ends_does_not_wait_for_others_for_ever(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor if there was nothing to do at the look before: all slots were taken."""
+    monkeypatch.setattr(serving, "POLLING", 3600.0)
+    monkeypatch.setattr(serving, "GATHERING", 0.0)
+    queue.put_many(2)
+    one = asyncio.Event()
+    queue.app.task(name="one")(one.wait)
+    queue.put("one")
+    async with queue.serving(concurrency=3, spare=lambda: serving.PLENTY):
+        await until(lambda: queue.in_hand() == 3)
+        one.set()
+        await until(lambda: queue.in_hand() == 2)
 
 
 async def test_a_nudge_is_a_look_at_once(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

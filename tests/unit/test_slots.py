@@ -116,6 +116,25 @@ async def test_an_heir_that_is_put_back_is_the_first_again() -> None:
     assert slots.free == 1
 
 
+async def test_spare_is_who_has_none_yet() -> None:
+    slots = Slots(1)
+    assert slots.promise() is None
+    slot, (_, hold) = await had(slots), holding()
+    first, second = slots.one(uuid.uuid4()), slots.one(uuid.uuid4())
+    tasks = [waiting(first), waiting(second)]
+    await turn()
+    assert slots.spare == 2
+    heir = taken_out(slot, first)
+    assert slots.spare == 2
+    heir.put_back()
+    assert slots.spare == 2
+    taken_out(slot, first).inherit(hold)
+    assert slots.spare == 1
+    (await tasks[0]).give_back()
+    (await tasks[1]).give_back()
+    assert slots.spare == 0
+
+
 async def test_who_is_cancelled_does_not_wait() -> None:
     slots = Slots(1)
     slot, first = await had(slots), slots.one(uuid.uuid4())
@@ -127,6 +146,7 @@ async def test_who_is_cancelled_does_not_wait() -> None:
         await task
     assert heir.gone
     heir.put_back()
+    assert slots.spare == 0
     assert not slots.pressure.is_set()
     slot.give_back()
     assert slots.free == 1

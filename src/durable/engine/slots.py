@@ -51,18 +51,20 @@ class Slot:
 
     def heir(self) -> Heir | None:
         """Whoever waits for longest, taken out of the line: to be given this slot, or put back."""
-        waiting = self._slots.next() if self._slots is not None and self._had else None
+        waiting = self._slots.promise() if self._slots is not None and self._had else None
         return Heir(self, waiting) if waiting is not None else None
 
     def hand_to(self, waiting: Slot) -> None:
         """`waiting`, which still does, has it now."""
-        self._slots = None
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.kept()
         waiting.grant()
 
     def put_back(self, waiting: Slot) -> None:
         """`waiting` waits again, before all others."""
         if self._slots is not None:
-            self._slots.wait_first(waiting)
+            self._slots.take_back(waiting)
 
     # ---------------------------------------------------------------- waiting
 
@@ -117,6 +119,12 @@ class Slots:
         self.free = count
         self.pressure = asyncio.Event()
         self._waiting: deque[Slot] = deque()
+        self._promised = 0  # that were taken out of the line, to inherit a slot
+
+    @property
+    def spare(self) -> int:
+        """How many jobs there are beyond those that have a slot."""
+        return len(self._waiting) + self._promised
 
     def one(self, run_id: uuid.UUID, revision: int | None = None) -> Slot:
         """For ``async with``."""
@@ -161,8 +169,20 @@ class Slots:
         self._ease()
         return found
 
-    def wait_first(self, slot: Slot) -> None:
+    def promise(self) -> Slot | None:
+        """As `next`: who it is gets a slot soon (`kept`), or waits again (`take_back`)."""
+        found = self.next()
+        if found is not None:
+            self._promised += 1
+        return found
+
+    def kept(self) -> None:
+        """A slot was passed on as promised."""
+        self._promised -= 1
+
+    def take_back(self, slot: Slot) -> None:
         """It waits again, before all others; unless it does not any more."""
+        self._promised -= 1
         if not slot.gone:
             self._waiting.appendleft(slot)
             self.pressure.set()

@@ -2,8 +2,8 @@
 
 There, each job costs a fetch, a finish, and records for the log. Here one statement after the other finishes all jobs
 that were performed meanwhile and fetches one for each free slot. So the busier the worker is, the more jobs share a
-statement; a slot is free as soon as its job is over, whatever the queue knows of it; and what waits to be finished is
-never more than what one statement fetched.
+statement; while it has plenty to do, jobs that end even wait a moment for others. A slot is free as soon as its job is
+over, whatever the queue knows of it; and what waits to be finished is never more than what one statement fetched.
 
 While nothing waits in the queue, who inserts a job in this process may have it begun here with the commit, without a
 fetch: it takes a `Seat`, and inserts the job as one that this worker has fetched.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final, Self
 
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 POLLING: Final = 5.0
 """Seconds after which the queue is looked at although nobody rang. What was not announced, or not heard, is seen
 earlier: by the look around that a worker takes once a second."""
+PLENTY: Final = 5
+"""So many jobs in hand that can't begin yet are enough until others have been fetched."""
+GATHERING: Final = 0.01
+"""Seconds for which jobs that have ended wait for others then, at most."""
 
 
 class Seat:
@@ -58,10 +62,18 @@ class LastingWorker(QueueWorker):
 
     - `concurrency`: jobs in hand at once; one that is fetched begins at once.
     - `fetch_batch`: jobs that one statement may fetch. None: as many as there are free slots.
+    - `spare`: how many of the jobs in hand can't begin yet.
     """
 
     def __init__(
-        self, app: procrastinate.App, *, queue: str, concurrency: int, wait: bool, fetch_batch: int | None = None
+        self,
+        app: procrastinate.App,
+        *,
+        queue: str,
+        concurrency: int,
+        wait: bool,
+        fetch_batch: int | None = None,
+        spare: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__(
             app,
@@ -74,7 +86,9 @@ class LastingWorker(QueueWorker):
         assert isinstance(app.job_manager, LastingJobManager)
         self._manager = app.job_manager
         self._batch = min(fetch_batch or concurrency, concurrency)
+        self._spare = spare
         self._performed: list[queue_jobs.Job] = []
+        self._gathering: asyncio.TimerHandle | None = None
         self._seats = 0  # that are kept
         self._all_fetched = False  # nothing was left in the queue by the last look
 
@@ -125,6 +139,9 @@ class LastingWorker(QueueWorker):
         while self._running_jobs or self._seats or not self._stop_event.is_set():
             await self._nudged()
             self._new_job_event.clear()
+            if self._gathering is not None:
+                self._gathering.cancel()
+                self._gathering = None
             if self._free or self._performed:
                 await self._exchange(min(self._free, self._batch))
         for _ in range(FINISH_TRIES):  # what is left then, recovery finishes
@@ -144,6 +161,13 @@ class LastingWorker(QueueWorker):
             async with asyncio.timeout(self.fetch_job_polling_interval):
                 await self._new_job_event.wait()
 
+    def _look_soon(self) -> None:
+        """There may be jobs to fetch, and some to finish: maybe not worth a statement of their own yet."""
+        if self._spare() < PLENTY:
+            self.nudge()
+        elif self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(GATHERING, self.nudge)
+
     async def _exchange(self, wanted: int) -> None:
         performed = self._performed.copy()  # they stay in hand until the queue knows
         self._all_fetched = False
@@ -158,7 +182,7 @@ class LastingWorker(QueueWorker):
             self.begin(job)
         self._all_fetched = len(fetched) < wanted
         if 0 < wanted == len(fetched):
-            self.nudge()  # there may be more
+            self._look_soon()  # there may be more
         if not self.wait and not self.running and not self._seats:
             self.stop()  # nothing has ended meanwhile that could have put something there
 
@@ -188,4 +212,4 @@ class LastingWorker(QueueWorker):
         self._performed.append(job)
         if job.id is not None:
             self._job_ids_to_abort.pop(job.id, None)
-        self.nudge()
+        self._look_soon()

@@ -148,6 +148,7 @@ class Worker:
             concurrency=self._options.concurrency,
             wait=wait,
             fetch_batch=self._fetch_batch,
+            spare=lambda: session.engine.slots.spare,
         )
         try:
             if not self._stop.is_set():
