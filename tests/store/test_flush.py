@@ -450,6 +450,27 @@ async def test_the_server_closes_while_it_is_waited_for(own: Connection, rival: 
     await refuses(own)
 
 
+class Noting(Connection):
+    """Notes whether its socket was still registered when it had just been closed."""
+
+    registered: bool | None = None
+
+    def _readable(self) -> None:
+        super()._readable()
+        if self.closed and self.registered is None:
+            self.registered = self._watching is not None
+
+
+async def test_a_socket_that_libpq_has_closed_is_not_registered_any_more(module_dsn: str, rival: Connection) -> None:
+    """Its number may be another's before the task goes on that waited for it, and would take that one's away."""
+    async with await Noting.connect(module_dsn, autocommit=True) as own:
+        waiting = await asleep(own, rival)
+        await terminate(rival, own.info.backend_pid)
+        with pytest.raises(psycopg.OperationalError):
+            await waiting
+        assert own.registered is False
+
+
 async def test_the_server_closes_while_nothing_is_said(own: Connection, rival: Connection) -> None:
     """The socket has news for ever, that nobody reads: it is taken back, or the event loop would be busy with it."""
     await send(own, ONE)

@@ -108,7 +108,8 @@ class Connection(AsyncConnection[TupleRow]):
             return self.unwatch()
         try:
             self.pgconn.consume_input()
-        except Error as error:
+        except Error as error:  # libpq has closed the socket, whose number somebody else may be given any moment
+            self.unwatch()
             if not self._waiter.done():
                 self._waiter.set_exception(error)
         else:
