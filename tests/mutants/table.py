@@ -53,6 +53,11 @@ MUTANTS: Final = (
         (f"{LAWS}::test_nobody_else_takes_a_run_while_its_step_executes",),
     ),
     Mutant(
+        "a look into the inbox that is older than the lock",
+        (Edit(SQL, "where id = %(run)s for update skip locked\n", "where id = %(run)s for update\n"),),
+        ("tests/engine/test_interleavings.py::test_who_has_to_wait_for_the_next_lock_sees_what_came_meanwhile",),
+    ),
+    Mutant(
         "message doorbells deduplicated",
         (
             Edit(
