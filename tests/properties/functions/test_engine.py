@@ -103,8 +103,8 @@ class Reality:
     async def _reply(self, run: uuid.UUID, begun: Begun) -> bool:
         if begun.waits is WaitingFor.RESUME:
             return (await self._app.resume(run, begun.name, RESUMED)).accepted
-        query = "select count(message_id) from durable.inbox where run_id = %s"
-        sent = answers(begun, self._facts.value(query, run))
+        query = "select message_id from durable.inbox where run_id = %s and message_id is not null"
+        sent = answers(begun, [row["message_id"] for row in self._facts.rows(query, run)])
         for name, body, message in sent:
             await self._app.signal(run, name, body, id=message)
         return bool(sent)

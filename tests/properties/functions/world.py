@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -45,16 +45,18 @@ def sent_before(given: Program) -> Iterator[tuple[str, Any, str]]:
 
 
 def messages(name: str, *, many: int, since: int) -> Iterator[tuple[str, Any, str]]:
-    """So many; `since`: how many the run has been sent before."""
+    """So many; `since`: how many of that name the run has been sent before."""
     for n in range(many):
         yield name, {"of": name, "n": n}, f"{name}:{since + n}"
 
 
-def answers(begun: Begun, since: int) -> list[tuple[str, Any, str]]:
-    """What is sent to a run that waits so, if it is meant to be sent anything."""
+def answers(begun: Begun, known: Collection[str]) -> list[tuple[str, Any, str]]:
+    """What is sent to a run that waits so, if it is meant to be sent anything. `known`: the ids that it has been sent.
+    How many of other names there are depends on who was faster, and must not show."""
     names = begun.names or (begun.name or "",)
     if begun.waits is not WaitingFor.SIGNAL or not names[0].startswith(("before.", "after.", "complete.")):
         return []
+    since = sum(message.startswith(f"{names[0]}:") for message in known)
     return list(messages(names[0], many=MANY if begun.names is not None else 1, since=since))
 
 
@@ -95,7 +97,7 @@ def _waits(sim: Sim) -> Iterator[Begun]:
 def _reply(sim: Sim, begun: Begun) -> bool:
     if begun.waits is WaitingFor.RESUME:
         return sim.resume(begun.name, RESUMED)
-    sent = answers(begun, len(sim.message_ids))
+    sent = answers(begun, sim.message_ids)
     for name, body, message in sent:
         sim.signal(name, body, id=message)
     return bool(sent)
