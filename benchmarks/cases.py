@@ -138,8 +138,8 @@ CASES: Final = {
             "commits/s",
             "commits of one idle worker",
             higher=False,
-            full={},
-            quick={},
+            full={"samples": 3},
+            quick={"samples": 1},
         ),
     )
 }

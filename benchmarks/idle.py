@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Final
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
+from benchmarks.load import Load
 from benchmarks.server import sibling
 
 SECONDS: Final = 10.0
@@ -16,11 +18,12 @@ SETTLING: Final = 20.0
 late."""
 
 
-async def commits_a_second(dsn: str, seconds: float = SECONDS) -> float:
-    """Commits a second in the database of `dsn`. They are counted from another database, so that counting adds none."""
-    name = conninfo_to_dict(dsn)["dbname"]
+async def commits_a_second(load: Load) -> list[float]:
+    """Commits a second, in as many spans of time as samples are wanted. They are counted from another database, so that
+    counting adds none. A connection that rests may tell late what it did at the start: that falls into one span."""
+    name = conninfo_to_dict(load.dsn)["dbname"]
     query = "select xact_commit from pg_stat_database where datname = %s"
-    async with await psycopg.AsyncConnection.connect(sibling(dsn), autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(sibling(load.dsn), autocommit=True) as connection:
 
         async def committed() -> int:
             row = await (await connection.execute(query, [name])).fetchone()
@@ -28,6 +31,8 @@ async def commits_a_second(dsn: str, seconds: float = SECONDS) -> float:
             return int(row[0])
 
         await asyncio.sleep(SETTLING)
-        before = await committed()
-        await asyncio.sleep(seconds)
-        return (await committed() - before) / seconds
+        counted = [await committed()]
+        for _ in range(load.samples):
+            await asyncio.sleep(SECONDS)
+            counted.append(await committed())
+    return [(after - before) / SECONDS for before, after in pairwise(counted)]

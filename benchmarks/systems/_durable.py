@@ -241,7 +241,7 @@ class Kind:
             await app.migrate()
         async with self.crew("--dsn", load.dsn) as workers:
             await workers.start_ready()
-            return [await commits_a_second(load.dsn)]
+            return await commits_a_second(load)
 
     # -- a worker process
 

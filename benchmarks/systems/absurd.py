@@ -219,7 +219,7 @@ async def idle(load: Load) -> list[float]:
     await create(load.dsn)
     async with crew(MODULE, "worker", "--dsn", load.dsn) as workers:
         await workers.start_ready()
-        return [await commits_a_second(load.dsn)]
+        return await commits_a_second(load)
 
 
 CASES: Final[dict[str, Callable[[Load], Awaitable[list[float]]]]] = {

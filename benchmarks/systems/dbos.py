@@ -273,7 +273,7 @@ async def idle(load: Load) -> list[float]:
     await asyncio.to_thread(_register, load.dsn)
     async with crew(MODULE, "worker", "--dsn", load.dsn) as workers:
         await workers.start_ready()
-        return [await commits_a_second(load.dsn)]
+        return await commits_a_second(load)
 
 
 def _work(given: argparse.Namespace) -> None:

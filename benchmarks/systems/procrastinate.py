@@ -140,7 +140,7 @@ async def idle(load: Load) -> list[float]:
         pass
     async with crew(__spec__.name, "worker", "--dsn", load.dsn) as workers:
         await workers.start_ready()
-        return [await commits_a_second(load.dsn)]
+        return await commits_a_second(load)
 
 
 async def _until_done(connection: psycopg.AsyncConnection[Any]) -> None:
